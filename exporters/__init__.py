@@ -1,0 +1,1 @@
+"""Exporters: one package per format, all driven by `exporters.export.export`."""

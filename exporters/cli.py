@@ -1,0 +1,55 @@
+"""`l4q-export`: move a checkpoint's integers into the formats that runtimes load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l4q.cli_common import run
+
+# Names only: the packages behind them load when a format is chosen, so that --help stays quick.
+FORMATS = ("gptq", "gguf", "onnx")
+
+
+@click.command(
+    name="export",
+    epilog="Example: l4q-export RUN/checkpoint --to gptq --to gguf --to onnx --out exports",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--to", "formats", multiple=True, required=True, type=click.Choice(FORMATS), help="Format; repeatable.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; each format gets a folder inside.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Read back with foreign decoders.")
+@click.option("--overwrite", is_flag=True, help="Replace existing output folders.")
+@click.option("--allow-rounding", is_flag=True, help="Accept a format that cannot hold the trained values exactly.")
+@click.option("--gptq-format", type=click.Choice(["gptq", "gptq_v2"]), default="gptq", show_default=True)
+@click.option(
+    "--gguf-type", type=click.Choice(["auto", "Q4_0", "Q4_1", "Q5_0", "F32"]), default="auto", show_default=True
+)
+@click.option(
+    "--onnx-block-size", type=int, default=None, help="Finer DequantizeLinear blocks (a power of two, 16-256)."
+)
+@click.option(
+    "--onnx-accuracy-level", type=click.IntRange(0, 4), default=0, show_default=True, help="0 float32, 4 int8."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,
+    help="Dense tensors of GPTQ.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(as_json: bool, **arguments: Any) -> None:
+    """Export CHECKPOINT, the folder l4q-train wrote, packing its trained integers without quantizing again."""
+    from exporters.run import run_export
+
+    summary = run_export(arguments, table=not as_json)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+
+
+def main() -> None:
+    """Entry point of the `l4q-export` command."""
+    run(command)

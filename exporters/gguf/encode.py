@@ -1,0 +1,170 @@
+"""Which block type holds a `QuantizedWeight` exactly, and its bytes in that type.
+
+A type is judged by its own equation in float32: Q4_0 = d * (q - 8), Q4_1 = d * q + m, Q5_0 = d * (q - 16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from exporters.gguf.pack import BLOCK, BLOCK_BYTES, U8, pack_q4_0, pack_q4_1, pack_q5_0
+from exporters.plan import Fidelity, GgufType
+from l4q.checkpoint import WeightInfo
+from l4q.errors import UnsupportedError
+from l4q.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A quantized linear under judgement; its values are read only where exactness depends on them."""
+
+    name: str
+    info: WeightInfo
+    read: Callable[[], QuantizedWeight]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How one quantized linear is stored."""
+
+    name: str
+    fidelity: Fidelity
+    reason: str
+
+
+def choose_encoding(subject: Subject, requested: GgufType) -> Encoding:
+    """The block type for a weight: the requested one, or for "auto" the smallest that is exact.
+
+    Raises:
+        UnsupportedError: The requested type cannot hold the zero-points of this weight at all.
+    """
+    if requested != "auto":
+        return _JUDGES[requested](subject)
+    if subject.info.zero_point == "float":
+        return _judge_q4_1(subject)
+    if fits_q4_0(subject):
+        return _judge_q4_0(subject)
+    inexact = block_mins(subject.read())[1]
+    if not inexact:
+        return _judge_q4_1(subject)
+    reason = f"not Q4_1: scale * zero is not an fp16 number in {inexact} of {subject.read().scales.size} groups"
+    return Encoding(name="Q5_0", fidelity=Fidelity.EXACT, reason=reason)
+
+
+def encode(weight: QuantizedWeight, encoding: str) -> npt.NDArray[np.generic]:
+    """The tensor's data in file order: uint8 rows of blocks, or float32 values for "F32"."""
+    return _ENCODERS[encoding](weight)
+
+
+def encoded_nbytes(shape: tuple[int, int], encoding: str) -> int:
+    """Bytes of a [rows, columns] tensor in an encoding."""
+    rows, columns = shape
+    return rows * columns * 4 if encoding == "F32" else rows * (columns // BLOCK) * BLOCK_BYTES[encoding]
+
+
+def fits_q4_0(subject: Subject) -> bool:
+    """Whether every q - z + 8 is a four-bit code: always up to 3 bits, at 4 bits only for z = 8."""
+    if subject.info.zero_point == "float":
+        return False
+    if subject.info.bits <= 3 or subject.info.zero_point == "none":
+        return True
+    return bool((subject.read().integer_zeros() == 8).all())
+
+
+def block_mins(weight: QuantizedWeight) -> tuple[npt.NDArray[np.float16], int]:
+    """Q4_1's m per group, float16 [out, groups], and the number of groups where -z * s had to be rounded.
+
+    The float32 product is exact (11 + 4 significant bits), so comparing it with its fp16 rounding decides.
+    """
+    if weight.mins is not None:
+        return weight.mins, 0
+    exact = -(weight.scales.astype(np.float32) * weight.integer_zeros().astype(np.float32))
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float16)
+    return rounded, int(np.count_nonzero(rounded.astype(np.float32) != exact))
+
+
+def _judge_q4_0(subject: Subject) -> Encoding:
+    if not fits_q4_0(subject):
+        raise UnsupportedError(
+            "Q4_0 cannot hold these zero-points",
+            where=subject.name,
+            got=f"{subject.info.bits}-bit codes with {subject.info.zero_point} zero-points",
+            expected="zero-point 8 everywhere, or at most 3 bits with integer zero-points",
+            remedy="use --gguf-type auto, which takes Q4_1 or Q5_0",
+        )
+    return Encoding(name="Q4_0", fidelity=Fidelity.EXACT, reason="stored code is q - z + 8")
+
+
+def _judge_q4_1(subject: Subject) -> Encoding:
+    if subject.info.zero_point == "float":
+        return Encoding(name="Q4_1", fidelity=Fidelity.EXACT, reason="d = scale, m = the trained min")
+    mins, inexact = block_mins(subject.read())
+    if not np.isfinite(mins).all():
+        raise UnsupportedError(
+            "Q4_1 cannot hold these zero-points: scale * zero overflows fp16",
+            where=subject.name,
+            remedy="use --gguf-type Q5_0",
+        )
+    if inexact:
+        reason = f"scale * zero is not an fp16 number in {inexact} of {mins.size} groups"
+        return Encoding(name="Q4_1", fidelity=Fidelity.ROUNDED, reason=reason)
+    return Encoding(name="Q4_1", fidelity=Fidelity.EXACT, reason="every scale * zero is an fp16 number")
+
+
+def _judge_q5_0(subject: Subject) -> Encoding:
+    if subject.info.zero_point == "float":
+        raise UnsupportedError(
+            "Q5_0 has no min, so it cannot hold float zero-points",
+            where=subject.name,
+            remedy="use --gguf-type auto, which takes Q4_1",
+        )
+    return Encoding(name="Q5_0", fidelity=Fidelity.EXACT, reason="stored code is q - z + 16")
+
+
+def _judge_f32(subject: Subject) -> Encoding:
+    return Encoding(name="F32", fidelity=Fidelity.EXACT, reason="dequantized on request")
+
+
+def _centred_codes(weight: QuantizedWeight, centre: int) -> U8:
+    """Codes relative to `centre`: q - z + centre, uint8 [out, in]."""
+    codes = weight.codes.reshape(weight.out_features, weight.groups, weight.group_size)  # [out, groups, group_size]
+    # The uint8 wrap-around of centre - z cancels in the sum, whose true value is 0..31.
+    shift = np.uint8(centre) - weight.integer_zeros()
+    return (codes + shift[:, :, None]).reshape(weight.shape)
+
+
+def _encode_q4_0(weight: QuantizedWeight) -> U8:
+    return pack_q4_0(_centred_codes(weight, 8), weight.scales)
+
+
+def _encode_q4_1(weight: QuantizedWeight) -> U8:
+    return pack_q4_1(weight.codes, weight.scales, block_mins(weight)[0])
+
+
+def _encode_q5_0(weight: QuantizedWeight) -> U8:
+    return pack_q5_0(_centred_codes(weight, 16), weight.scales)
+
+
+def _encode_f32(weight: QuantizedWeight) -> npt.NDArray[np.float32]:
+    return weight.dequantize()
+
+
+_JUDGES: Final[dict[str, Callable[[Subject], Encoding]]] = {
+    "Q4_0": _judge_q4_0,
+    "Q4_1": _judge_q4_1,
+    "Q5_0": _judge_q5_0,
+    "F32": _judge_f32,
+}
+
+_ENCODERS: Final[dict[str, Callable[[QuantizedWeight], npt.NDArray[np.generic]]]] = {
+    "Q4_0": _encode_q4_0,
+    "Q4_1": _encode_q4_1,
+    "Q5_0": _encode_q5_0,
+    "F32": _encode_f32,
+}

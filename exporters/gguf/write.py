@@ -1,0 +1,96 @@
+"""The GGUF file: header and metadata first, then one tensor after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from exporters.gguf.encode import encode
+from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_freqs
+from exporters.gguf.names import Architecture, architecture_of, permute_rows, permuted_heads
+from exporters.gguf.plan import ROPE_FREQS, file_name, main_encoding, model_name
+from exporters.gguf.vocab import read_vocabulary
+from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
+from l4q.checkpoint import L4QCheckpoint
+
+Data = npt.NDArray[np.generic]
+
+
+def write(
+    checkpoint: L4QCheckpoint,
+    plan: ExportPlan,
+    folder: Path,
+    options: ExportOptions,
+    on_tensor: Callable[[str], None],
+) -> None:
+    """Write the planned file into `folder`, holding one tensor in memory at a time.
+
+    Equal checkpoints give equal bytes: the metadata has no times or paths.
+    """
+    architecture = architecture_of(checkpoint.architecture)
+    writer = gguf.GGUFWriter(folder / file_name(checkpoint, plan.tensors), architecture.name)
+    try:
+        _add_metadata(writer, checkpoint, plan, architecture)
+        for tensor in plan.tensors:
+            _add_info(writer, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in plan.tensors:
+            writer.write_tensor_data(_tensor_data(checkpoint, architecture, tensor))
+            on_tensor(tensor.name)
+    finally:
+        writer.close()
+
+
+def _add_metadata(
+    writer: gguf.GGUFWriter, checkpoint: L4QCheckpoint, plan: ExportPlan, architecture: Architecture
+) -> None:
+    writer.add_type("model")
+    writer.add_name(model_name(checkpoint))
+    writer.add_file_type(FILE_TYPES[main_encoding(plan.tensors)])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_array(QUANTIZED_KEY, [tensor.target for tensor in plan.quantized])
+    vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
+    for entry in (*model_metadata(architecture, checkpoint.config), *vocabulary.metadata):
+        writer.add_key_value(entry.key, entry.value, entry.type)
+    if vocabulary.special is not None:
+        vocabulary.special.add_to_gguf(writer, quiet=True)
+
+
+def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
+    kind = gguf.GGMLQuantizationType[tensor.encoding]
+    # For a type other than uint8 the writer takes the logical shape as given.
+    writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+
+
+def _tensor_data(checkpoint: L4QCheckpoint, architecture: Architecture, tensor: PlannedTensor) -> Data:
+    """The tensor's bytes in file order."""
+    if tensor.target == ROPE_FREQS:
+        divisors = rope_freqs(checkpoint.config)
+        return np.empty(0, np.float32) if divisors is None else divisors
+    if tensor.quantized:
+        rows: Data = encode(checkpoint.quantized(tensor.name), tensor.encoding)
+    else:
+        rows = dense_data(checkpoint.dense(tensor.name), tensor, architecture)
+    heads = permuted_heads(architecture, checkpoint.config, tensor.target)
+    return rows if heads is None else np.ascontiguousarray(permute_rows(rows, heads))
+
+
+def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -> Data:
+    """A dense torch tensor in its planned encoding; BF16, which NumPy lacks, as uint16 bit patterns."""
+    import torch
+
+    if architecture.norm_plus_one and tensor.target.endswith("_norm.weight"):
+        values = values.float() + 1.0
+    if tensor.encoding == "BF16":
+        bits: Data = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+        return bits
+    dtype = {"F32": torch.float32, "F16": torch.float16}[tensor.encoding]
+    plain: Data = values.to(dtype).contiguous().numpy()
+    return plain

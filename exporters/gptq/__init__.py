@@ -1,0 +1,32 @@
+"""GPTQ folders for vLLM, GPTQModel and transformers: 4-bit codes in int32 words, v1 or v2 zero-points."""
+
+from __future__ import annotations
+
+from exporters.gptq.plan import plan
+from exporters.gptq.write import read_back, write
+
+__all__ = ["plan", "read_back", "usage", "write"]
+
+
+def usage() -> str:
+    """Markdown for the model card: serving with vLLM and loading with transformers."""
+    return """\
+## Usage
+
+vLLM (symmetric checkpoints, `"sym": true` in config.json):
+
+```sh
+python -m vllm.entrypoints.openai.api_server --model . --dtype float16 --host 127.0.0.1
+```
+
+On a CPU, set `VLLM_CPU_KVCACHE_SPACE` (GiB) first: vLLM otherwise asks for nearly all memory.
+
+transformers, with `optimum` and `gptqmodel` installed:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="float16", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""

@@ -1,0 +1,199 @@
+"""Write a GPTQ folder (sharded safetensors, config.json, quantize_config.json) and read it back with foreign code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters.files import copy_side_files, write_json
+from exporters.gptq.pack import ZERO_OFFSET, encode_zeros, pack_cols, pack_rows
+from exporters.gptq.plan import is_symmetric, skipped_linears
+from exporters.plan import ExportOptions, ExportPlan
+from l4q import __version__
+from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint
+from l4q.errors import UnsupportedError, UsageError, VerificationError
+from l4q.shards import MAX_SHARD_BYTES, ShardReader, ShardWriter
+from l4q.weight import F32, QuantizedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+LEGACY_CONFIG_NAME = "quantize_config.json"
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+# gptqmodel 7.7.0 (models/loader.py) takes sym: false with v1 zeros only from producers that promise the v2 code base's
+# arithmetic, because older ones wrapped zero-points. Zero-points of an L4Q grid lie in [1, 2**bits - 1]: none wraps.
+V1_ASYMMETRIC_PROMISE = "gptqmodel:0.9.0"
+
+
+def write(
+    checkpoint: L4QCheckpoint,
+    plan: ExportPlan,
+    folder: Path,
+    options: ExportOptions,
+    on_tensor: Callable[[str], None],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the planned tensors shard by shard, then the configs and the side files.
+
+    Raises:
+        UnsupportedError: A dense value overflows the asked dtype.
+    """
+    writer = ShardWriter(folder, max_shard_bytes)
+    for tensor in plan.tensors:
+        if tensor.quantized:
+            writer.add(module_tensors(tensor.name, checkpoint.quantized(tensor.name), options.gptq_format), {})
+        else:
+            writer.add({tensor.name: _cast(tensor.name, checkpoint.dense(tensor.name), options.dtype)}, {})
+        on_tensor(tensor.name)
+    writer.close()
+    section = quantization_config(checkpoint, options)
+    write_json(folder / CONFIG_NAME, model_config(checkpoint, section, options))
+    write_json(folder / LEGACY_CONFIG_NAME, section)
+    copy_side_files(checkpoint, folder)
+
+
+def module_tensors(module: str, weight: QuantizedWeight, checkpoint_format: str) -> dict[str, torch.Tensor]:
+    """The four GPTQ tensors of a linear with K = in_features, N = out_features, G groups.
+
+    qweight int32 [K * bits / 32, N], qzeros int32 [G, N * bits / 32], scales float16 [G, N], g_idx int32 [K].
+    """
+    import torch
+
+    zeros = encode_zeros(weight.integer_zeros(), weight.bits, checkpoint_format)
+    arrays = (
+        pack_rows(np.ascontiguousarray(weight.codes.T), weight.bits),  # [K * bits / 32, N]
+        pack_cols(np.ascontiguousarray(zeros.T), weight.bits),  # [G, N * bits / 32]
+        np.ascontiguousarray(weight.scales.T),  # [G, N]
+        _group_index(weight.in_features, weight.group_size),  # [K]
+    )
+    return {f"{module}.{suffix}": torch.from_numpy(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
+
+
+def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> dict[str, Any]:
+    """The quantization_config section that vLLM, GPTQModel and transformers read."""
+    symmetric = is_symmetric(checkpoint)
+    producers = [f"l4q:{__version__}"]
+    if not symmetric:
+        producers.append(V1_ASYMMETRIC_PROMISE)
+    section: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": checkpoint.quant.bits,
+        "group_size": checkpoint.quant.group_size,
+        "desc_act": False,
+        "sym": symmetric,
+        "lm_head": "lm_head" in checkpoint.modules,
+        "checkpoint_format": options.gptq_format,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": producers},
+    }
+    skipped = skipped_linears(checkpoint)
+    if skipped:
+        section["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}
+    return section
+
+
+def model_config(checkpoint: L4QCheckpoint, section: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
+    """The model's own config with the GPTQ section in place of l4q's."""
+    replaced = {"quantization_config", "torch_dtype", "dtype"}
+    config = {key: value for key, value in checkpoint.config.items() if key not in replaced}
+    return {**config, "dtype": options.dtype, "quantization_config": section}
+
+
+def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
+    """Decode every GPTQ module with compressed-tensors' bit decoder: (module, float32 [out_features, in_features]).
+
+    value = (q - z) * s with z as stored, because GPTQModel and transformers read qzeros; vLLM instead trusts `sym` and
+    ignores qzeros and g_idx. A folder on which the two would disagree is refused.
+
+    Raises:
+        VerificationError: qzeros contradict `sym`, or g_idx is not k // group_size.
+        UsageError: The config is not GPTQ, or compressed-tensors is not installed.
+    """
+    section = _read_section(folder)
+    shards = ShardReader.open(folder)
+    for module in sorted(name.removesuffix(".qweight") for name in shards.names if name.endswith(".qweight")):
+        yield module, _decode(module, shards, section)
+
+
+def _decode(module: str, shards: ShardReader, section: dict[str, Any]) -> F32:
+    missing = [name for name in (f"{module}.{suffix}" for suffix in SUFFIXES) if name not in shards.names]
+    if missing:
+        raise VerificationError("a quantized module is incomplete", where=module, got=f"no {missing}")
+    qweight, qzeros, scales, g_idx = (shards.tensor(f"{module}.{suffix}") for suffix in SUFFIXES)
+    bits, columns = int(section["bits"]), int(scales.shape[1])
+    rows = qweight.shape[0] * 32 // bits
+    group_size = rows if section["group_size"] == -1 else int(section["group_size"])
+    shapes = {"scales": (rows // group_size, columns), "qzeros": (rows // group_size, columns * bits // 32)}
+    found = {"scales": tuple(scales.shape), "qzeros": tuple(qzeros.shape)}
+    if found != shapes:
+        raise VerificationError("the tensors of a module disagree in shape", where=module, got=found, expected=shapes)
+    if not np.array_equal(g_idx.numpy(), _group_index(rows, group_size)):
+        raise VerificationError("g_idx is not k // group_size although desc_act is false", where=f"{module}.g_idx")
+    codes = _foreign_unpack(qweight, bits, (rows, columns), 0)  # [K, N]
+    stored = _foreign_unpack(qzeros, bits, (scales.shape[0], columns), 1)  # [G, N]
+    zeros = (stored + ZERO_OFFSET[section["checkpoint_format"]]) % (1 << bits)
+    if section["sym"] and bool((zeros != 1 << (bits - 1)).any()):
+        raise VerificationError(
+            "the config says sym: true, but a zero-point is not the midpoint",
+            where=f"{module}.qzeros",
+            got=sorted(set(zeros.ravel().tolist())),
+            expected=1 << (bits - 1),
+        )
+    groups = np.repeat(np.arange(scales.shape[0]), group_size)  # [K]
+    offsets = (codes - zeros[groups]).astype(np.float32)  # [K, N]
+    return np.ascontiguousarray((offsets * scales.numpy().astype(np.float32)[groups]).T)
+
+
+def _foreign_unpack(words: torch.Tensor, bits: int, shape: tuple[int, int], axis: int) -> np.ndarray[Any, Any]:
+    """Unsigned codes as int16; compressed-tensors returns them signed, lowered by 2**(bits-1)."""
+    import torch
+
+    try:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    except ImportError as error:
+        raise UsageError(
+            "verifying a GPTQ export needs the compressed-tensors package, whose decoder judges the bits",
+            remedy="pip install compressed-tensors, or export with --no-verify",
+        ) from error
+    signed: np.ndarray[Any, Any] = unpack_from_int32(words, bits, torch.Size(shape), packed_dim=axis).numpy()
+    return signed.astype(np.int16) + (1 << (bits - 1))
+
+
+def _read_section(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        section = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError) as error:
+        raise UsageError("config.json cannot be read", where=path, got=error) from error
+    if not isinstance(section, dict) or section.get("quant_method") != "gptq":
+        raise UsageError("not a GPTQ folder", where=path, expected='quantization_config.quant_method "gptq"')
+    if section["bits"] != 4:
+        raise UnsupportedError(
+            "only 4-bit GPTQ can be read back", where=path, got=f"bits {section['bits']}", expected=4
+        )
+    return section
+
+
+def _group_index(columns: int, group_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return (np.arange(columns) // group_size).astype(np.int32)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    import torch
+
+    cast = tensor.to(getattr(torch, dtype)).contiguous()
+    if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(cast).all()):
+        raise UnsupportedError(
+            f"a dense tensor overflows {dtype}",
+            where=name,
+            got=f"largest magnitude {float(tensor.abs().max()):g}",
+            expected=f"<= {torch.finfo(cast.dtype).max:g}",
+            remedy="export with --dtype bfloat16",
+        )
+    return cast

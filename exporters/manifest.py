@@ -1,0 +1,43 @@
+"""`l4q_export.json`: what an exported folder is, for tools that meet it later."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import l4q
+from exporters.files import write_json
+from exporters.plan import ExportOptions, ExportPlan
+from l4q.checkpoint import L4QCheckpoint
+
+MANIFEST_NAME = "l4q_export.json"
+
+
+def write_manifest(folder: Path, checkpoint: L4QCheckpoint, plan: ExportPlan, options: ExportOptions) -> None:
+    """Record format, grid, sizes and options; nothing in it depends on the machine or the time."""
+    encodings = sorted({tensor.encoding for tensor in plan.quantized})
+    write_json(
+        folder / MANIFEST_NAME,
+        {
+            "l4q_version": l4q.__version__,
+            "format": plan.format,
+            "encodings": encodings,
+            "quantization": checkpoint.quant.to_dict(),
+            "quantized_tensors": len(plan.quantized),
+            "tensor_bytes": plan.nbytes,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "rounded_tensors": len(plan.rounded),
+            "options": asdict(options),
+        },
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None if it has none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

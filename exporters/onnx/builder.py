@@ -1,0 +1,81 @@
+"""A thin layer over onnx_ir: nodes with readable, repeatable names and initializers that are read only when written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Attribute = int | float | str | Sequence[int]
+
+
+class GraphBuilder:
+    """Collects nodes and initializers in order; equal calls give equal graphs."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._uses: dict[str, int] = {}
+
+    def op(self, op_type: str, *inputs: ir.Value | None, scope: str, **attributes: Attribute) -> ir.Value:
+        """Append a node of the default ONNX domain and return its one output, named `<scope>/<op_type>`."""
+        output = ir.Value(name=self._unique(f"{scope}/{op_type}"))
+        return self.node(op_type, inputs, [output], attributes)[0]
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: Sequence[ir.Value],
+        attributes: dict[str, Attribute],
+    ) -> Sequence[ir.Value]:
+        """Append a node with given output values, named after the first."""
+        self.nodes.append(ir.node(op_type, inputs, attributes, outputs=outputs, name=outputs[0].name))
+        return outputs
+
+    def constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        """A small initializer held in memory; the same name is the same value."""
+        if name not in self.initializers:
+            tensor = ir.tensor(np.asarray(array), name=name)
+            self._add(name, tensor)
+        return self.initializers[name]
+
+    def integers(self, *values: int) -> ir.Value:
+        """A 1-D int64 constant, for axes and shapes."""
+        return self.constant("const/" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def scalar(self, value: int) -> ir.Value:
+        """A 0-D int64 constant."""
+        return self.constant(f"const/scalar_{value}", np.array(value, dtype=np.int64))
+
+    def lazy(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], npt.NDArray[np.generic]]
+    ) -> ir.Value:
+        """An initializer whose bytes `read` provides each time they are needed; sub-byte types come packed."""
+        if name not in self.initializers:
+
+            def load() -> ir.TensorProtocol:
+                array = read()
+                if dtype.bitwidth < 8:
+                    return ir.PackedTensor(array, dtype, shape=shape, name=name)
+                return ir.Tensor(array, dtype=dtype, name=name)
+
+            self._add(name, ir.LazyTensor(load, dtype, ir.Shape(shape), name=name))
+        return self.initializers[name]
+
+    def _add(self, name: str, tensor: ir.TensorProtocol) -> None:
+        self.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+
+    def _unique(self, name: str) -> str:
+        count = self._uses.get(name, 0)
+        self._uses[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+
+def tensor_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """A graph input or output; strings are dynamic dimensions."""
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))

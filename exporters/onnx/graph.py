@@ -1,0 +1,197 @@
+"""The decoder of a llama-like model as a graph of standard ONNX operators, opset 23 (no contrib operator in the file).
+
+    input_ids [batch, length] -> Gather -> layers x (RMSNormalization, q/k/v, RotaryEmbedding, Attention, o,
+    RMSNormalization, gate/up/down) -> RMSNormalization -> logits [batch, length, vocab]
+
+Inputs `past_key_values.<i>.key|value` and outputs `present.<i>.key|value` are [batch, kv_heads, length, head_dim]. The
+attention mask [batch, past + length] gives positions (its running count), so left-padded batches are right: a runtime's
+own grouped-query operator counts from the right and is not. Sizes are dynamic in batch and length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from exporters.onnx.builder import GraphBuilder, tensor_input
+from exporters.onnx.family import EMBEDDING, FINAL_NORM, HEAD, ModelSpec
+from exporters.onnx.linear import LinearEmitter, as_float32
+from l4q.checkpoint import L4QCheckpoint
+
+OPSET = 23
+IR_VERSION = 11
+"""The IR version opset 23 was released with; ONNX Runtime reads both from 1.24 on."""
+
+BATCH, LENGTH, PAST, TOTAL = "batch", "sequence_length", "past_sequence_length", "total_sequence_length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedInputs:
+    """Values every layer reads."""
+
+    cos: ir.Value
+    """[batch, length, head_dim / 2]."""
+    sin: ir.Value
+    full_mask: ir.Value
+    """Bool [batch, 1, length, past + length]; True takes part."""
+    sliding_mask: ir.Value | None
+
+
+def build_model(
+    checkpoint: L4QCheckpoint, spec: ModelSpec, *, block_size: int | None, metadata: Mapping[str, str]
+) -> ir.Model:
+    """Build the model with lazily read weights.
+
+    Raises:
+        UsageError: `block_size` does not fit a layer's groups.
+    """
+    builder = GraphBuilder()
+    emitter = LinearEmitter(builder, checkpoint, block_size)
+    input_ids = tensor_input("input_ids", ir.DataType.INT64, [BATCH, LENGTH])
+    attention_mask = tensor_input("attention_mask", ir.DataType.INT64, [BATCH, TOTAL])
+    shared = _shared_inputs(builder, spec, input_ids, attention_mask)
+
+    embedding = emitter.dense(f"{EMBEDDING}.weight")
+    hidden = builder.op("Gather", embedding, input_ids, scope=EMBEDDING, axis=0)
+    pasts: list[ir.Value] = []
+    presents: list[ir.Value] = []
+    for index in range(spec.layers):
+        past = _cache_values(spec, f"past_key_values.{index}", PAST)
+        present = _cache_values(spec, f"present.{index}", TOTAL)
+        hidden = _Layer(builder, emitter, spec, index).emit(hidden, shared, past, present)
+        pasts += past
+        presents += present
+    hidden = _norm(builder, emitter, spec, hidden, FINAL_NORM)
+    product = emitter.dense_product(hidden, embedding, scope=HEAD) if spec.tied else emitter.linear(hidden, HEAD)
+    logits = tensor_input("logits", ir.DataType.FLOAT, [BATCH, LENGTH, spec.vocab_size])
+    builder.node("Identity", [product], [logits], {})
+
+    graph = ir.Graph(
+        [input_ids, attention_mask, *pasts],
+        [logits, *presents],
+        nodes=builder.nodes,
+        initializers=list(builder.initializers.values()),
+        opset_imports={"": OPSET},
+        name="decoder",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="l4q", metadata_props=dict(metadata))
+
+
+def _cache_values(spec: ModelSpec, prefix: str, length: str) -> list[ir.Value]:
+    shape: list[int | str] = [BATCH, spec.kv_heads, length, spec.head_dim]
+    return [tensor_input(f"{prefix}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")]
+
+
+def _shared_inputs(
+    builder: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, attention_mask: ir.Value
+) -> SharedInputs:
+    scope = "inputs"
+    length = builder.op("Shape", input_ids, scope=scope, start=1, end=2)  # [1]
+    total = builder.op("Shape", attention_mask, scope=scope, start=1, end=2)  # [1]
+    past = builder.op("Sub", total, length, scope=scope)
+    cos, sin = _rotations(builder, spec, attention_mask, (past, total))
+    columns, rows = _indices(builder, past, total)
+    causal = builder.op("LessOrEqual", columns, rows, scope=scope)  # [length, total]
+    own = builder.op("Equal", columns, rows, scope=scope)
+    valid = builder.op("Cast", attention_mask, scope=scope, to=int(ir.DataType.BOOL))
+    valid = builder.op("Unsqueeze", valid, builder.integers(1, 2), scope=scope)  # [batch, 1, 1, total]
+    # A padding row may see itself: a row that sees nothing is undefined in older runtimes, and nothing reads it.
+    full = builder.op("And", causal, builder.op("Or", valid, own, scope=scope), scope=scope)
+    sliding = None
+    if spec.window is not None and any(spec.sliding):
+        first = builder.op("Sub", rows, builder.scalar(spec.window), scope=scope)
+        sliding = builder.op("And", full, builder.op("Greater", columns, first, scope=scope), scope=scope)
+    return SharedInputs(cos=cos, sin=sin, full_mask=full, sliding_mask=sliding)
+
+
+def _indices(builder: GraphBuilder, past: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Column numbers [1, total] of the keys and [length, 1] of the queries."""
+    scope = "inputs"
+    first, last = (builder.op("Squeeze", value, builder.integers(0), scope=scope) for value in (past, total))
+    columns = builder.op("Range", builder.scalar(0), last, builder.scalar(1), scope=scope)
+    rows = builder.op("Range", first, last, builder.scalar(1), scope=scope)
+    return (
+        builder.op("Unsqueeze", columns, builder.integers(0), scope=scope),
+        builder.op("Unsqueeze", rows, builder.integers(1), scope=scope),
+    )
+
+
+def _rotations(
+    builder: GraphBuilder, spec: ModelSpec, attention_mask: ir.Value, span: tuple[ir.Value, ir.Value]
+) -> tuple[ir.Value, ir.Value]:
+    """Cos and sin [batch, length, head_dim / 2] of the new tokens.
+
+    Computed from positions rather than looked up: no table whose end limits the context, none to store.
+    """
+    scope = "rotary"
+    counted = builder.op("CumSum", attention_mask, builder.scalar(1), scope=scope)
+    positions = builder.op("Sub", counted, builder.scalar(1), scope=scope)
+    positions = builder.op("Max", positions, builder.scalar(0), scope=scope)  # padding would be -1
+    positions = builder.op("Slice", positions, *span, builder.integers(1), scope=scope)  # [batch, length]
+    positions = builder.op("Cast", positions, scope=scope, to=int(ir.DataType.FLOAT))
+    positions = builder.op("Unsqueeze", positions, builder.integers(2), scope=scope)  # [batch, length, 1]
+    inv_freq = builder.constant("rotary/inv_freq", spec.inv_freq[None, None, :])  # [1, 1, head_dim / 2]
+    angles = builder.op("Mul", positions, inv_freq, scope=scope)
+    cos, sin = (builder.op(name, angles, scope=scope) for name in ("Cos", "Sin"))
+    if spec.rope_scaling == 1.0:
+        return cos, sin
+    factor = builder.constant("rotary/scaling", as_float32(spec.rope_scaling))
+    return builder.op("Mul", cos, factor, scope=scope), builder.op("Mul", sin, factor, scope=scope)
+
+
+def _norm(builder: GraphBuilder, emitter: LinearEmitter, spec: ModelSpec, x: ir.Value, module: str) -> ir.Value:
+    weight = emitter.dense(f"{module}.weight")
+    return builder.op("RMSNormalization", x, weight, scope=module, axis=-1, epsilon=spec.eps, stash_type=1)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    builder: GraphBuilder
+    emitter: LinearEmitter
+    spec: ModelSpec
+    index: int
+
+    def emit(self, hidden: ir.Value, shared: SharedInputs, past: list[ir.Value], present: list[ir.Value]) -> ir.Value:
+        name = self.spec.layer(self.index)
+        x = _norm(self.builder, self.emitter, self.spec, hidden, f"{name}.input_layernorm")
+        attended = self._attention(x, f"{name}.self_attn", shared, past, present)
+        hidden = self.builder.op("Add", hidden, attended, scope=f"{name}.self_attn")
+        x = _norm(self.builder, self.emitter, self.spec, hidden, f"{name}.post_attention_layernorm")
+        return self.builder.op("Add", hidden, self._mlp(x, f"{name}.mlp"), scope=f"{name}.mlp")
+
+    def _attention(
+        self, x: ir.Value, name: str, shared: SharedInputs, past: list[ir.Value], present: list[ir.Value]
+    ) -> ir.Value:
+        heads = {"q": self.spec.heads, "k": self.spec.kv_heads}
+        query, key = (self._rotated(x, f"{name}.{part}", count, shared) for part, count in heads.items())
+        value = self.emitter.linear(x, f"{name}.v_proj")
+        mask = shared.sliding_mask if self.spec.sliding[self.index] else shared.full_mask
+        output = ir.Value(name=f"{name}/Attention")
+        self.builder.node(
+            "Attention",
+            [query, key, value, mask, *past],
+            [output, *present],
+            {"q_num_heads": self.spec.heads, "kv_num_heads": self.spec.kv_heads},
+        )
+        return self.emitter.linear(output, f"{name}.o_proj")
+
+    def _rotated(self, x: ir.Value, prefix: str, heads: int, shared: SharedInputs) -> ir.Value:
+        """Query or key [batch, length, heads * head_dim], normed per head if the family does so, then rotated."""
+        module = f"{prefix}_proj"
+        projected = self.emitter.linear(x, module)
+        if self.spec.qk_norm:
+            split = self.builder.integers(0, 0, heads, self.spec.head_dim)
+            projected = self.builder.op("Reshape", projected, split, scope=f"{prefix}_norm")
+            projected = _norm(self.builder, self.emitter, self.spec, projected, f"{prefix}_norm")
+            joined = self.builder.integers(0, 0, heads * self.spec.head_dim)
+            projected = self.builder.op("Reshape", projected, joined, scope=f"{prefix}_norm")
+        return self.builder.op("RotaryEmbedding", projected, shared.cos, shared.sin, scope=module, num_heads=heads)
+
+    def _mlp(self, x: ir.Value, name: str) -> ir.Value:
+        gate = self.emitter.linear(x, f"{name}.gate_proj")
+        up = self.emitter.linear(x, f"{name}.up_proj")
+        sigmoid = self.builder.op("Sigmoid", gate, scope=name)
+        activated = self.builder.op("Mul", gate, sigmoid, scope=name)
+        return self.emitter.linear(self.builder.op("Mul", activated, up, scope=name), f"{name}.down_proj")

@@ -1,0 +1,108 @@
+"""Linear layers of the graph: blocked DequantizeLinear into MatMul, or a dense float32 matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from exporters.onnx.builder import GraphBuilder
+from exporters.onnx.pack import PackedLinear, choose_block, float_center, pack_linear
+from l4q.checkpoint import L4QCheckpoint, WeightInfo
+from l4q.weight import F32
+
+
+class LinearEmitter:
+    """Emits the checkpoint's linears into one graph; tensors are read from the checkpoint when the file is written."""
+
+    def __init__(self, builder: GraphBuilder, checkpoint: L4QCheckpoint, block_size: int | None) -> None:
+        self._builder = builder
+        self._checkpoint = checkpoint
+        self._block_size = block_size
+        self._quantized = frozenset(checkpoint.modules)
+        self._dense = frozenset(checkpoint.dense_names)
+        self._sums: dict[tuple[str | None, int], ir.Value] = {}
+        # The writer asks for a module's arrays one after the other; one slot saves reading codes once per array.
+        self._packed: Callable[[str, int], PackedLinear] = lru_cache(maxsize=1)(self._pack)
+
+    def linear(self, x: ir.Value, module: str) -> ir.Value:
+        """Multiply x [..., in_features] into [..., out_features], with the module's bias if it has one."""
+        if module in self._quantized:
+            y = self._quantized_product(x, module)
+        else:
+            y = self.dense_product(x, self.dense(f"{module}.weight"), scope=module)
+        if f"{module}.bias" in self._dense:
+            y = self._builder.op("Add", y, self.dense(f"{module}.bias"), scope=module)
+        return y
+
+    def dense(self, name: str) -> ir.Value:
+        """An unquantized tensor, widened to float32 (exact from every stored dtype the plan admits)."""
+        return self._builder.lazy(
+            name,
+            ir.DataType.FLOAT,
+            self._checkpoint.dense_shape(name),
+            lambda: self._checkpoint.dense(name).float().contiguous().numpy(),
+        )
+
+    def dense_product(self, x: ir.Value, weight: ir.Value, *, scope: str) -> ir.Value:
+        """Multiply x by the transpose of a dense [N, K] matrix, which other nodes (the embedding) may share."""
+        transposed = self._builder.op("Transpose", weight, scope=scope, perm=[1, 0])
+        return self._builder.op("MatMul", x, transposed, scope=scope)
+
+    def _quantized_product(self, x: ir.Value, module: str) -> ir.Value:
+        info = self._checkpoint.info(module)
+        block = choose_block(
+            in_features=info.in_features, group_size=info.group_size, requested=self._block_size, where=module
+        )
+        rows = -(-info.in_features // block)
+        inputs = [
+            self._lazy(module, "weight", self._code_dtype(module), (info.in_features, info.out_features), block),
+            self._lazy(module, "scales", ir.DataType.FLOAT, (rows, info.out_features), block),
+        ]
+        if info.zero_point == "integer":
+            inputs.append(self._lazy(module, "zeros", ir.DataType.UINT4, (rows, info.out_features), block))
+        # One DequantizeLinear per consumer, on axis 0 of [K, N]: what ONNX Runtime's fusion asks for.
+        weight = self._builder.op("DequantizeLinear", *inputs, scope=module, axis=0, block_size=block)
+        y = self._builder.op("MatMul", x, weight, scope=module)
+        if info.zero_point == "float":
+            bias = self._lazy(module, "group_bias", ir.DataType.FLOAT, (info.groups, info.out_features), block)
+            correction = self._builder.op("MatMul", self._group_sums(x, info), bias, scope=module)
+            y = self._builder.op("Add", y, correction, scope=module)
+        return y
+
+    def _code_dtype(self, module: str) -> ir.DataType:
+        zero_point = self._checkpoint.info(module).zero_point
+        # Only a float zero-point's values decide between signed and unsigned codes.
+        if zero_point == "float" and float_center(self._checkpoint.quantized(module)) == 0:
+            return ir.DataType.UINT4
+        return ir.DataType.UINT4 if zero_point == "integer" else ir.DataType.INT4
+
+    def _group_sums(self, x: ir.Value, info: WeightInfo) -> ir.Value:
+        """Sum x [batch, length, K] into [batch, length, groups]; linears that read the same x share the node."""
+        key = (x.name, info.group_size)
+        if key not in self._sums:
+            scope = f"{x.name}/group_sums"
+            shape = self._builder.integers(0, 0, info.groups, info.group_size)
+            grouped = self._builder.op("Reshape", x, shape, scope=scope)  # [batch, length, groups, group_size]
+            self._sums[key] = self._builder.op(
+                "ReduceSum", grouped, self._builder.integers(-1), scope=scope, keepdims=0
+            )
+        return self._sums[key]
+
+    def _lazy(self, module: str, part: str, dtype: ir.DataType, shape: tuple[int, int], block: int) -> ir.Value:
+        def read() -> npt.NDArray[np.generic]:
+            array: npt.NDArray[np.generic] = getattr(self._packed(module, block), part)
+            return array
+
+        return self._builder.lazy(f"{module}.{part}", dtype, shape, read)
+
+    def _pack(self, module: str, block: int) -> PackedLinear:
+        return pack_linear(self._checkpoint.quantized(module), block)
+
+
+def as_float32(values: npt.NDArray[np.generic] | float) -> F32:
+    """A float32 constant."""
+    return np.asarray(values, dtype=np.float32)

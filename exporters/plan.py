@@ -1,0 +1,147 @@
+"""What an export will write, decided and checked before the first byte: `ExportPlan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import UsageError
+
+GptqFormat = Literal["gptq", "gptq_v2"]
+GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "F32"]
+DenseDtype = Literal["float16", "bfloat16", "float32"]
+
+
+class Fidelity(Enum):
+    """Whether a stored tensor equals the checkpoint's."""
+
+    EXACT = "exact"
+    ROUNDED = "rounded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """One tensor of the output."""
+
+    name: str
+    """Module or tensor name in the checkpoint."""
+    target: str
+    """Name in the output file."""
+    encoding: str
+    """The format's own word for the storage: "Q4_0", "INT4 block 64", "F16"."""
+    shape: tuple[int, ...]
+    """Logical shape of the source."""
+    nbytes: int
+    """Bytes in the output, scales and zero-points included."""
+    fidelity: Fidelity
+    reason: str = ""
+    """Why this encoding, and why it rounds if it does."""
+    quantized: bool
+    """True for linears with integer codes, False for dense tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSupport:
+    """Whether a runtime will load the result."""
+
+    runtime: str
+    loads: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """Everything an export is about to write, with the reasons."""
+
+    format: str
+    tensors: tuple[PlannedTensor, ...]
+    runtimes: tuple[RuntimeSupport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that carry trained integers."""
+        return tuple(tensor for tensor in self.tensors if tensor.quantized)
+
+    @property
+    def rounded(self) -> tuple[PlannedTensor, ...]:
+        """The quantized tensors this export would change."""
+        return tuple(tensor for tensor in self.quantized if tensor.fidelity is Fidelity.ROUNDED)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales and zero-points included; 0 without quantized tensors."""
+        weights = sum(int(np.prod(tensor.shape)) for tensor in self.quantized)
+        return 8 * sum(tensor.nbytes for tensor in self.quantized) / weights if weights else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Choices of one export; a format reads the fields that concern it.
+
+    Raises:
+        UsageError: A field has an unknown value.
+    """
+
+    gptq_format: GptqFormat = "gptq"
+    """Stored zero-points: "gptq" (v1) holds z - 1, "gptq_v2" holds z."""
+    gguf_type: GgufType = "auto"
+    """Block type of quantized tensors; "F32" writes dequantized weights, for parity checks."""
+    onnx_block_size: int | None = None
+    """Columns per DequantizeLinear block; None takes the largest that fits the group."""
+    onnx_accuracy_level: int = 0
+    """ONNX Runtime's MatMulNBits accuracy level recorded in the folder: 0 float32, 4 int8 activations."""
+    dtype: DenseDtype = "float16"
+    """Dtype of GPTQ's dense tensors and of the serving config."""
+    allow_rounding: bool = False
+    """Write a format that cannot hold the trained values exactly, rounding them."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "gptq_format": (self.gptq_format, get_args(GptqFormat)),
+            "gguf_type": (self.gguf_type, get_args(GgufType)),
+            "onnx_accuracy_level": (self.onnx_accuracy_level, (0, 1, 2, 3, 4)),
+            "dtype": (self.dtype, get_args(DenseDtype)),
+        }
+        for field, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise UsageError(f"unknown {field}", where=field, got=repr(value), expected=f"one of {allowed}")
+
+
+class Exporter(Protocol):
+    """What a format package offers; `exporters.export.EXPORTERS` maps format names to such packages."""
+
+    def plan(self, checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
+        """Decide every tensor's encoding from the checkpoint's headers, writing nothing.
+
+        Raises:
+            UnsupportedError: The format cannot hold the checkpoint; the message lists what is in the way.
+        """
+
+    def write(
+        self,
+        checkpoint: L4QCheckpoint,
+        plan: ExportPlan,
+        folder: Path,
+        options: ExportOptions,
+        on_tensor: Callable[[str], None],
+    ) -> None:
+        """Write the planned files into an existing empty folder, calling `on_tensor` after each tensor."""
+
+    def read_back(self, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Decode every quantized module of a written folder with code that is not ours: (module, [out, in])."""
+
+    def usage(self) -> str:
+        """Markdown for the model card: how to load the folder in its runtimes."""

@@ -1,0 +1,138 @@
+"""What the `l4q-export` command does once its options are parsed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from exporters.export import ExportResult, export, make_plan
+from exporters.plan import ExportOptions, ExportPlan
+from l4q.checkpoint import L4QCheckpoint
+from l4q.files import refuse_existing
+
+_OPTIONS = ("gptq_format", "gguf_type", "onnx_block_size", "onnx_accuracy_level", "dtype", "allow_rounding")
+
+
+def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, Any]:
+    """Plan every format first, so that a refusal comes before anything is written; then export one after another.
+
+    Returns:
+        Per format: folder, bytes, bits per weight, tensors, fidelity and verification, ready for JSON.
+    """
+    checkpoint = L4QCheckpoint.open(arguments["checkpoint"])
+    options = ExportOptions(**{name: arguments[name] for name in _OPTIONS})
+    out: Path = arguments["out"]
+    formats = list(dict.fromkeys(arguments["formats"]))
+    if not arguments["dry_run"]:
+        for name in formats:
+            refuse_existing(out / name, overwrite=arguments["overwrite"])
+    plans = {name: make_plan(checkpoint, name, options) for name in formats}
+    if arguments["dry_run"]:
+        if table:
+            for plan in plans.values():
+                print_plan(plan)
+        return {name: plan_summary(plan) for name, plan in plans.items()}
+    results = {}
+    for name in formats:
+        results[name] = _export_with_bar(checkpoint, name, out / name, options, arguments)
+    if table:
+        _print_results(results)
+    return {name: _result_summary(result) for name, result in results.items()}
+
+
+def plan_summary(plan: ExportPlan) -> dict[str, Any]:
+    """A plan as plain JSON values."""
+    return {
+        "format": plan.format,
+        "bytes": plan.nbytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "quantized_tensors": len(plan.quantized),
+        "rounded_tensors": len(plan.rounded),
+        "runtimes": {r.runtime: {"loads": r.loads, "reason": r.reason} for r in plan.runtimes},
+        "notes": list(plan.notes),
+        "tensors": [
+            {
+                "name": t.name,
+                "target": t.target,
+                "encoding": t.encoding,
+                "bytes": t.nbytes,
+                "fidelity": t.fidelity.value,
+                "reason": t.reason,
+            }
+            for t in plan.tensors
+        ],
+    }
+
+
+def print_plan(plan: ExportPlan) -> None:
+    """Print a plan as a table, layers of equal treatment folded into one row, then runtimes and notes."""
+    console = Console()
+    table = Table(title=f"{plan.format}: {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits per quantized weight")
+    for column in ("tensors", "encoding", "count", "bytes", "fidelity"):
+        table.add_column(column, justify="right" if column in {"count", "bytes"} else "left", overflow="fold")
+    rows: dict[tuple[str, str, str, str], list[int]] = {}
+    for tensor in plan.tensors:
+        pattern = ".".join("*" if part.isdigit() else part for part in tensor.name.split("."))
+        key = (pattern, tensor.encoding, tensor.fidelity.value, tensor.reason)
+        rows.setdefault(key, []).append(tensor.nbytes)
+    for (pattern, encoding, fidelity, reason), sizes in rows.items():
+        shown = f"{fidelity}: {reason}" if reason else fidelity
+        table.add_row(pattern, encoding, str(len(sizes)), f"{sum(sizes):,}", shown)
+    console.print(table)
+    for runtime in plan.runtimes:
+        console.print(
+            f"  {'loads in' if runtime.loads else 'not for'} {runtime.runtime}: {runtime.reason}", markup=False
+        )
+    for note in plan.notes:
+        console.print(f"  note: {note}", markup=False)
+
+
+def _export_with_bar(
+    checkpoint: L4QCheckpoint, name: str, folder: Path, options: ExportOptions, arguments: dict[str, Any]
+) -> ExportResult:
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, total: int, _tensor: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{name} {stage}", total=total)
+            bars.advance(tasks[stage])
+
+        return export(
+            checkpoint,
+            name,
+            folder,
+            options,
+            overwrite=arguments["overwrite"],
+            check=arguments["verify"],
+            progress=advance,
+        )
+
+
+def _result_summary(result: ExportResult) -> dict[str, Any]:
+    verified = result.verified
+    summary = plan_summary(result.plan)
+    del summary["tensors"]
+    summary["folder"] = str(result.folder)
+    summary["verified"] = {"exact": verified.exact, "total": verified.total} if verified else None
+    return summary
+
+
+def _print_results(results: dict[str, ExportResult]) -> None:
+    table = Table(title="exports")
+    for column in ("format", "folder", "bytes", "bits/weight", "bit-exact"):
+        table.add_column(column, overflow="fold")
+    for name, result in results.items():
+        exact = f"{result.verified.exact} of {result.verified.total}" if result.verified else "not verified"
+        size = f"{result.plan.nbytes:,}"
+        table.add_row(name, str(result.folder), size, f"{result.plan.bits_per_weight:.2f}", exact)
+    console = Console()
+    console.print(table)
+    for name, result in results.items():
+        for note in result.plan.notes:
+            console.print(f"{name}: {note}", markup=False)

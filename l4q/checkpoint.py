@@ -1,0 +1,281 @@
+"""The L4Q checkpoint: a Hugging Face style folder of packed integers (docs/format.md is its specification)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l4q.bitpack import pack_codes, row_bytes, unpack_codes
+from l4q.config import FORMAT_VERSION, QuantConfig, ZeroPoint
+from l4q.errors import UsageError
+from l4q.files import copy_files, find_side_files, staged_folder
+from l4q.shards import ShardReader, ShardWriter
+from l4q.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+QUANT_METHOD = "l4q"
+CONFIG_NAME = "config.json"
+_PARTS = {"codes": "U8", "scales": "F16", "zeros": "U8", "mins": "F16"}
+_REWRITE = "the folder is damaged or was not written by l4q; write the checkpoint again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightInfo:
+    """What a safetensors header says of one quantized linear; no tensor data is read."""
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    """Columns per group, never -1."""
+    zero_point: ZeroPoint
+
+    @property
+    def groups(self) -> int:
+        """Groups per row."""
+        return self.in_features // self.group_size
+
+
+class L4QCheckpoint:
+    """A lazily read checkpoint folder. Use `open`, which checks config and all headers first."""
+
+    def __init__(self, path: Path, config: dict[str, Any], quant: QuantConfig, shards: ShardReader) -> None:
+        self.path = path
+        self.config = config
+        self.quant = quant
+        self._shards = shards
+        parts = {f".{part}" for part in _PARTS}
+        stems = {name.rpartition(".")[0] for name in shards.names if name.endswith(".codes")}
+        self.modules: tuple[str, ...] = tuple(sorted(stems, key=natural_order))
+        self.dense_names: tuple[str, ...] = tuple(
+            sorted(
+                (
+                    n
+                    for n in shards.names
+                    if not (n.rpartition(".")[0] in stems and "." + n.rpartition(".")[2] in parts)
+                ),
+                key=natural_order,
+            )
+        )
+        self._infos = {module: self._read_info(module) for module in self.modules}
+
+    @classmethod
+    def open(cls, path: str | Path) -> L4QCheckpoint:
+        """Open a checkpoint folder, validating config.json and every safetensors header.
+
+        Raises:
+            UsageError: A file is missing or damaged, or a tensor has the wrong shape, dtype or companions.
+        """
+        folder = Path(path)
+        config = _read_config(folder)
+        section = config.get("quantization_config")
+        if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+            raise UsageError(
+                "not an L4Q checkpoint",
+                where=folder / CONFIG_NAME,
+                got=section.get("quant_method") if isinstance(section, dict) else "no quantization_config",
+                expected=f'quantization_config.quant_method "{QUANT_METHOD}"',
+                remedy="train one with l4q-train; its RUN/checkpoint folder is the one to give here",
+            )
+        if section.get("format_version") != FORMAT_VERSION:
+            raise UsageError(
+                "unknown checkpoint format version",
+                where=folder / CONFIG_NAME,
+                got=section.get("format_version"),
+                expected=FORMAT_VERSION,
+                remedy="use the l4q release that wrote it",
+            )
+        quant = QuantConfig.from_dict(section, where=folder / CONFIG_NAME)
+        checkpoint = cls(folder, config, quant, ShardReader.open(folder))
+        if not checkpoint.modules:
+            raise UsageError("the checkpoint has no quantized linear", where=folder, expected="<module>.codes tensors")
+        return checkpoint
+
+    @property
+    def architecture(self) -> str:
+        """The model class named in config.json, for example LlamaForCausalLM."""
+        names = self.config.get("architectures") or ["unknown"]
+        return str(names[0])
+
+    def info(self, module: str) -> WeightInfo:
+        """Sizes and grid of a quantized linear, from the header alone."""
+        return self._infos[module]
+
+    def quantized(self, module: str) -> QuantizedWeight:
+        """Read one quantized linear.
+
+        Raises:
+            UsageError: Its values break the grid (NaN scale, code or zero-point out of range, ...).
+        """
+        info = self._infos[module]
+        packed = self._shards.numpy(f"{module}.codes")
+        return QuantizedWeight(
+            codes=unpack_codes(packed, info.in_features, info.bits),
+            scales=self._shards.numpy(f"{module}.scales"),
+            zeros=self._shards.numpy(f"{module}.zeros") if info.zero_point == "integer" else None,
+            mins=self._shards.numpy(f"{module}.mins") if info.zero_point == "float" else None,
+            bits=info.bits,
+            group_size=info.group_size,
+            name=module,
+        )
+
+    def dense(self, name: str) -> torch.Tensor:
+        """Read one unquantized tensor in its stored dtype."""
+        return self._shards.tensor(name)
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an unquantized tensor, from the header."""
+        return self._shards.shape(name)
+
+    def dense_dtype(self, name: str) -> str:
+        """Stored dtype of an unquantized tensor in safetensors' words: "F32", "BF16", "F16"."""
+        return self._shards.dtype(name)
+
+    def side_files(self) -> tuple[Path, ...]:
+        """Tokenizer, chat template, generation config and licence files."""
+        return find_side_files(self.path)
+
+    def _read_info(self, module: str) -> WeightInfo:
+        where = f"{self.path}: {module}"
+        record = self._shards.metadata(f"{module}.codes").get(module)
+        try:
+            values = json.loads(record or "")
+            out_features, in_features = (int(size) for size in values["shape"])
+            grid = QuantConfig.from_dict(values, where=where)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                "a quantized module has no valid record in its shard's metadata",
+                where=where,
+                got=record,
+                expected='{"shape": [out, in], "bits": …, "group_size": …, "zero_point": …}',
+                remedy=_REWRITE,
+            ) from error
+        group_size = grid.resolve_group_size(in_features)
+        if min(out_features, in_features) < 1 or in_features % group_size:
+            raise UsageError(
+                "group_size does not divide in_features",
+                where=where,
+                got=f"{in_features} / {group_size}",
+                remedy=_REWRITE,
+            )
+        info = WeightInfo(
+            out_features=out_features,
+            in_features=in_features,
+            bits=grid.bits,
+            group_size=group_size,
+            zero_point=grid.zero_point,
+        )
+        self._check_parts(module, info)
+        return info
+
+    def _check_parts(self, module: str, info: WeightInfo) -> None:
+        grouped = (info.out_features, info.groups)
+        expected = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": grouped}
+        companion = {"integer": "zeros", "float": "mins"}.get(info.zero_point)
+        if companion:
+            expected[companion] = grouped
+        for part, dtype in _PARTS.items():
+            name = f"{module}.{part}"
+            if (name in self._shards.names) != (part in expected):
+                raise UsageError(
+                    f"tensor {name} is {'missing' if part in expected else 'not allowed'}",
+                    where=self.path,
+                    expected=f"zero_point {info.zero_point}: {sorted(expected)}",
+                    remedy=_REWRITE,
+                )
+            if part not in expected:
+                continue
+            got = (self._shards.dtype(name), self._shards.shape(name))
+            if got != (dtype, expected[part]):
+                raise UsageError(
+                    f"tensor {name} has the wrong dtype or shape",
+                    where=self.path,
+                    got=f"{got[0]} {list(got[1])}",
+                    expected=f"{dtype} {list(expected[part])}",
+                    remedy=_REWRITE,
+                )
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    config: Mapping[str, Any],
+    weights: Iterable[tuple[str, QuantizedWeight]],
+    dense: Iterable[tuple[str, torch.Tensor]],
+    quant: QuantConfig,
+    modules_to_not_convert: Iterable[str] = (),
+    side_files: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint folder, complete or not at all.
+
+    Args:
+        path: Folder to create.
+        config: The model's config.json content; its quantization_config is replaced.
+        weights: (module, weight) pairs, consumed one at a time.
+        dense: (tensor name, tensor) pairs of everything that is not quantized, without tied duplicates.
+        quant: The grid the weights were trained on.
+        modules_to_not_convert: Names of linear modules that stay dense ("lm_head", ...).
+        side_files: Tokenizer and other files copied unchanged.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        UsageError: The folder exists and `overwrite` is false.
+    """
+    with staged_folder(Path(path), overwrite=overwrite) as stage:
+        writer = ShardWriter(stage)
+        for module, weight in weights:
+            writer.add(_weight_tensors(module, weight), {module: _record(weight, quant)})
+        for name, tensor in dense:
+            writer.add({name: tensor.detach().cpu().contiguous()}, {})
+        writer.close()
+        section = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **quant.to_dict()}
+        section["modules_to_not_convert"] = sorted(modules_to_not_convert)
+        content = json.dumps({**config, "quantization_config": section}, indent=2, sort_keys=True)
+        (stage / CONFIG_NAME).write_text(content + "\n", encoding="utf-8")
+        copy_files(side_files, stage)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    import torch
+
+    arrays = {"codes": pack_codes(weight.codes, weight.bits), "scales": weight.scales}
+    if weight.zeros is not None:
+        arrays["zeros"] = weight.zeros
+    if weight.mins is not None:
+        arrays["mins"] = weight.mins
+    return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
+
+
+def _record(weight: QuantizedWeight, quant: QuantConfig) -> str:
+    group_size = -1 if weight.groups == 1 and quant.group_size == -1 else weight.group_size
+    record = {"shape": list(weight.shape), "bits": weight.bits, "group_size": group_size}
+    return json.dumps({**record, "zero_point": weight.zero_point}, sort_keys=True)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            "config.json not found", where=folder, remedy="give the folder that l4q-train wrote (RUN/checkpoint)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError("config.json cannot be read", where=path, got=error, expected="a JSON object") from error
+    if not isinstance(config, dict):
+        raise UsageError("config.json is not a JSON object", where=path, got=type(config).__name__)
+    return config

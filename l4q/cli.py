@@ -1,0 +1,56 @@
+"""`l4q`: the three commands as subcommands, each imported only when it is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
+
+import click
+
+from l4q.cli_common import run
+
+
+class Subcommand(NamedTuple):
+    """Where a subcommand is defined, and its line in the help."""
+
+    module: str
+    help: str
+
+
+SUBCOMMANDS = {
+    "train": Subcommand("l4q.cli_train", "Fine-tune a model and freeze it to an L4Q checkpoint."),
+    "export": Subcommand("exporters.cli", "Convert an L4Q checkpoint for a runtime."),
+    "parity": Subcommand("runtime_tests.cli", "Compare exports in their runtimes with the checkpoint."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose help and completion need none of its subcommands' imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in `SUBCOMMANDS`."""
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the subcommand's module and return its `command`."""
+        found = SUBCOMMANDS.get(cmd_name)
+        if found is None:
+            return None
+        subcommand: click.Command = import_module(found.module).command
+        return subcommand
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, subcommand.help) for name, subcommand in SUBCOMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, name="l4q")
+@click.version_option(package_name="l4q")
+def command() -> None:
+    """LoRA-aware quantization: train, export, and compare runtimes."""
+
+
+def main() -> None:
+    """Entry point of the `l4q` script."""
+    run(command)

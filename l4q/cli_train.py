@@ -1,0 +1,113 @@
+"""`l4q-train`: options to `TrainOptions`, result to stdout. Torch and transformers load only when training starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from l4q.cli_common import run
+from l4q.config import SUPPORTED_BITS, LoraConfig, QuantConfig, ScaleGrid, ZeroPoint
+from l4q.train_options import EvalOptions, OptimOptions, TrainDtype, TrainOptions
+
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+RESULT_LINES = {
+    "checkpoint": "checkpoint",
+    "steps": "steps",
+    "first_loss": "loss, first steps",
+    "final_loss": "loss, last steps",
+}
+
+
+@click.command(name="train", context_settings={"show_default": True})
+@click.argument("model")
+@click.option("--data", type=FILE, multiple=True, required=True, help=".txt, .jsonl or .json; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; RUN/checkpoint is the result.")
+@click.option("--bits", type=click.Choice([str(bits) for bits in SUPPORTED_BITS]), default="4", help="Bits per weight.")
+@click.option("--group-size", type=int, default=64, help="Columns that share a scale; -1 = one group per row.")
+@click.option("--zero-point", type=click.Choice(get_args(ZeroPoint)), default="none", help="Kind of zero-point.")
+@click.option(
+    "--scale-grid", type=click.Choice(get_args(ScaleGrid)), help="Scale values; default follows --zero-point."
+)
+@click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size does not divide.")
+@click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
+@click.option("--rank", type=int, default=8, help="LoRA rank.")
+@click.option("--alpha", type=float, default=16.0, help="LoRA scaling is alpha / rank.")
+@click.option("--dropout", type=float, default=0.0, help="LoRA dropout probability.")
+@click.option("--lr", type=float, default=1e-3, help="Peak learning rate of LoRA's A and B.")
+@click.option("--scale-lr", type=float, help="Peak learning rate of the scales.  [default: lr / 20]")
+@click.option("--offset-lr", type=float, help="Peak learning rate of the offsets.  [default: lr / 20]")
+@click.option("--weight-decay", type=float, default=0.01, help="On A and B only.")
+@click.option("--warmup-ratio", type=float, default=0.1, help="Share of the steps spent warming up.")
+@click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm; 0 = off.")
+@click.option("--steps", type=int, help="Optimizer steps.  [default: one epoch]")
+@click.option("--epochs", type=float, help="Passes over the data, instead of --steps.")
+@click.option("--batch-size", type=int, default=1, help="Sequences per forward pass.")
+@click.option("--grad-accum", type=int, default=1, help="Forward passes per optimizer step.")
+@click.option("--max-length", type=int, help="Tokens per sequence.  [default: 1024, at most the model's context]")
+@click.option("--seed", type=int, default=0, help="Seed of LoRA's A, data order and dropout.")
+@click.option("--dtype", type=click.Choice(get_args(TrainDtype)), default="float32", help="Dtype of the frozen model.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, one more forward pass.")
+@click.option("--save-every", type=int, default=100, help="Steps between saved states.")
+@click.option("--keep-states", type=int, default=2, help="Saved states to keep.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out, or start it if there is none.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@click.option("--eval-text", type=FILE, help="Held-out text; perplexity before and after training.")
+@click.option("--eval-window", type=int, help="Tokens per window.  [default: 512, at most the model's context]")
+@click.option("--eval-windows", type=int, default=12, help="Number of windows.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(as_json: bool, **values: Any) -> None:
+    """Fine-tune MODEL (a Hugging Face folder or id) with L4Q and freeze it to --out/checkpoint."""
+    options = parse_options(values)
+    from l4q.train import train
+
+    result = train(options)
+    click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+
+
+def parse_options(values: dict[str, Any]) -> TrainOptions:
+    """The command line's values as `TrainOptions`.
+
+    Raises:
+        UsageError: A value is out of range, or two contradict each other.
+    """
+    rest = dict(values)
+    take = rest.pop
+    return TrainOptions(
+        quant=QuantConfig(
+            bits=int(take("bits")),
+            group_size=take("group_size"),
+            zero_point=take("zero_point"),
+            scale_grid=take("scale_grid"),
+        ),
+        lora=LoraConfig(
+            rank=take("rank"),
+            alpha=take("alpha"),
+            dropout=take("dropout"),
+            target_modules=tuple(take("target_modules")),
+        ),
+        optim=OptimOptions(
+            lr=take("lr"),
+            scale_lr=take("scale_lr"),
+            offset_lr=take("offset_lr"),
+            weight_decay=take("weight_decay"),
+            warmup_ratio=take("warmup_ratio"),
+            max_grad_norm=take("max_grad_norm"),
+        ),
+        evaluation=EvalOptions(text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows")),
+        **rest,
+    )
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The result as a few lines for people."""
+    rows = [(label, result[key]) for key, label in RESULT_LINES.items()]
+    rows += [(f"perplexity, {stage}", value) for stage, value in result["perplexity"].items()]
+    return "\n".join(f"{label:22} {f'{v:.4f}' if isinstance(v, float) else v}" for label, v in rows)
+
+
+def main() -> None:
+    """Entry point of the `l4q-train` script."""
+    run(command)

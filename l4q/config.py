@@ -1,0 +1,126 @@
+"""What training may put into a weight (`QuantConfig`) and how it is adapted (`LoraConfig`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from l4q.errors import UsageError
+
+ZeroPoint = Literal["none", "integer", "float"]
+ScaleGrid = Literal["fp16", "fp16_s7"]
+
+FORMAT_VERSION = 1
+SUPPORTED_BITS = (2, 3, 4)
+GROUP_MULTIPLE = 32
+PER_ROW = -1
+
+# fp16_s7 keeps 7 significant bits, so that scale * zero (4 more bits) is exact in fp16 and GGUF's Q4_1 holds it.
+DEFAULT_SCALE_GRID: dict[str, ScaleGrid] = {"none": "fp16", "integer": "fp16_s7", "float": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """The grid of every quantized linear: weight[o, i] = (q[o, i] - z[o, g]) * s[o, g], g = i // group_size.
+
+    Raises:
+        UsageError: A field has a value that no grid supports.
+    """
+
+    bits: int = 4
+    """Bits per code; codes are integers in [0, 2**bits)."""
+    group_size: int = 64
+    """Columns that share one scale; a multiple of 32, or -1 for one group per row."""
+    zero_point: ZeroPoint = "none"
+    """"none": b = 0 (symmetric); "integer": b snapped to whole steps in the forward; "float": the paper's free b."""
+    scale_grid: ScaleGrid | None = None
+    """Values a scale may take: "fp16", or "fp16_s7" (fp16 with 7 significant bits). None picks by zero_point."""
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
+            raise _bad("bits", self.bits, f"one of {SUPPORTED_BITS}")
+        grouped = _is_int(self.group_size) and self.group_size > 0 and self.group_size % GROUP_MULTIPLE == 0
+        if not grouped and self.group_size != PER_ROW:
+            raise _bad("group_size", self.group_size, f"a positive multiple of {GROUP_MULTIPLE}, or {PER_ROW}")
+        if self.zero_point not in get_args(ZeroPoint):
+            raise _bad("zero_point", self.zero_point, f"one of {get_args(ZeroPoint)}")
+        if self.scale_grid is None:
+            object.__setattr__(self, "scale_grid", DEFAULT_SCALE_GRID[self.zero_point])
+        if self.scale_grid not in get_args(ScaleGrid):
+            raise _bad("scale_grid", self.scale_grid, f"one of {get_args(ScaleGrid)}")
+
+    @property
+    def midpoint(self) -> int:
+        """The code of weight 0 when b = 0: 2**(bits - 1), METHOD's -Q_N."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def max_code(self) -> int:
+        """The largest code, 2**bits - 1."""
+        return (1 << self.bits) - 1
+
+    def resolve_group_size(self, in_features: int) -> int:
+        """Columns per group of a layer: `group_size`, or the whole row for -1."""
+        return in_features if self.group_size == PER_ROW else self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The grid as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: object = None) -> QuantConfig:
+        """Read a grid from a config.json section, ignoring keys that belong to the container.
+
+        Raises:
+            UsageError: A field is missing or has a value that no grid supports.
+        """
+        missing = [name for name in ("bits", "group_size", "zero_point") if name not in values]
+        if missing:
+            raise UsageError(
+                "the quantization config lacks required fields",
+                where=where,
+                got=sorted(values),
+                expected=f"also {missing}",
+                remedy="write the folder again with l4q-train or l4q.checkpoint.save_checkpoint",
+            )
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The low-rank update that is merged before quantization: W = W0 + (alpha / rank) * B @ A  (paper eq. 7).
+
+    Raises:
+        UsageError: A field is out of range.
+    """
+
+    rank: int = 8
+    """Rows of A and columns of B."""
+    alpha: float = 16.0
+    """Numerator of the scaling alpha / rank, as in peft's lora_alpha."""
+    dropout: float = 0.0
+    """Probability that a training step drops an entry of A; the layer's input is never dropped."""
+    target_modules: tuple[str, ...] = ("*",)
+    """fnmatch patterns on a module's dotted name or its last part; the output head is never a target."""
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.rank) or self.rank < 1:
+            raise _bad("rank", self.rank, "an integer >= 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise _bad("dropout", self.dropout, "a probability in [0, 1)")
+        if not self.target_modules:
+            raise _bad("target_modules", self.target_modules, "at least one pattern")
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B @ A, alpha / rank."""
+        return self.alpha / self.rank
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _bad(field: str, got: object, expected: str) -> UsageError:
+    return UsageError(f"{field} has an unsupported value", where=field, got=repr(got), expected=expected)

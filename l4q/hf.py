@@ -1,0 +1,130 @@
+"""transformers integration: `AutoModelForCausalLM.from_pretrained(checkpoint)` for evaluation and generation.
+
+Uses transformers' public hooks (register_quantization_config, register_quantizer). Each linear keeps its codes and
+dequantizes in the forward, so a loaded model needs the checkpoint's memory, not the float model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from l4q.bitpack import row_bytes, unpack_codes
+from l4q.checkpoint import QUANT_METHOD
+from l4q.config import FORMAT_VERSION, QuantConfig
+from l4q.errors import UsageError
+
+
+class L4QConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+    """The quantization_config section of an L4Q checkpoint's config.json."""
+
+    def __init__(self, modules_to_not_convert: list[str] | None = None, **values: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format_version = values.get("format_version", FORMAT_VERSION)
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.grid = QuantConfig.from_dict(values, where="quantization_config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as written to config.json."""
+        own = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
+        return {**own, **self.grid.to_dict(), "modules_to_not_convert": self.modules_to_not_convert}
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds an L4Q checkpoint's tensors and dequantizes them in every forward.
+
+    Buffers-like parameters: codes uint8 [out, row_bytes], scales float16 [out, groups], zeros uint8 or mins float16
+    [out, groups]; bias in the model's dtype.
+    """
+
+    def __init__(self, linear: nn.Linear, quant: QuantConfig) -> None:
+        super().__init__()
+        self.quant = quant
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.group_size = quant.resolve_group_size(self.in_features)
+        grouped = (self.out_features, self.in_features // self.group_size)
+        self.codes = self._frozen((self.out_features, row_bytes(self.in_features, quant.bits)), torch.uint8)
+        self.scales = self._frozen(grouped, torch.float16)
+        if quant.zero_point == "integer":
+            self.zeros = self._frozen(grouped, torch.uint8)
+        if quant.zero_point == "float":
+            self.mins = self._frozen(grouped, torch.float16)
+        self.bias = linear.bias
+
+    @staticmethod
+    def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+    def dequantize(self) -> torch.Tensor:
+        """The float32 weight [out, in] by `QuantizedWeight`'s equation."""
+        codes = unpack_codes(self.codes.cpu().numpy(), self.in_features, self.quant.bits)
+        grouped = torch.from_numpy(codes).to(self.scales.device).view(*self.scales.shape, self.group_size).float()
+        scales = self.scales.float().unsqueeze(-1)
+        if self.quant.zero_point == "float":
+            return (grouped * scales + self.mins.float().unsqueeze(-1)).view(self.out_features, -1)
+        zeros = self.zeros.float().unsqueeze(-1) if self.quant.zero_point == "integer" else self.quant.midpoint
+        return ((grouped - zeros) * scales).view(self.out_features, -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [..., in] -> [..., out]."""
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and grid for print(model)."""
+        return f"{self.in_features}, {self.out_features}, bits={self.quant.bits}, group_size={self.group_size}"
+
+
+class L4QHfQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
+    """Swaps linears for `PackedLinear` before transformers loads the weights."""
+
+    requires_calibration = True  # only trained checkpoints can be loaded; there is no on-the-fly quantization
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skip = set(config.modules_to_not_convert)
+        linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n not in skip}
+        for name, linear in linears.items():
+            if linear.in_features % config.grid.resolve_group_size(linear.in_features):
+                raise UsageError(
+                    "the group size does not divide in_features",
+                    where=name,
+                    got=f"{linear.in_features} / {config.grid.group_size}",
+                    remedy="name the module in quantization_config.modules_to_not_convert if it is dense",
+                )
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, PackedLinear(linear, config.grid))
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, packed in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
+            linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+            linear.weight = nn.Parameter(packed.dequantize().to(dtype or torch.float32), requires_grad=False)
+            linear.bias = packed.bias
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """A loaded checkpoint can be saved again with save_pretrained."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are frozen integers; train from the 16-bit model instead."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know quant_method "l4q"; harmless when repeated."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(L4QConfig)
+        register_quantizer(QUANT_METHOD)(L4QHfQuantizer)

@@ -1,0 +1,141 @@
+"""`L4QLinear`: a linear layer that trains Q(W0 + scaling * B A) with LoRA's memory.
+
+The autograd function keeps only (x, W0, A, B, s, m) and recomputes W, w, q and the mask in backward; the dense
+dL/dW_q lives for one layer at a time (paper section 3.2, eqs 16-30).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from l4q.config import LoraConfig, QuantConfig
+from l4q.quant import (
+    GridParams,
+    LoraUpdate,
+    fake_quantize,
+    freeze_weight,
+    grid_params,
+    init_qparams,
+    merge_lora,
+    position_,
+    row_blocks,
+)
+from l4q.weight import QuantizedWeight
+
+
+class L4QFunction(torch.autograd.Function):
+    """y = x @ W_q^T with W_q = Q(W0 + scaling * B A), and the exact LSQ gradients of s and m."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scales: torch.Tensor,
+        mins: torch.Tensor,
+        scaling: float,
+        max_code: int,
+    ) -> torch.Tensor:
+        """Merge, quantize, multiply; x is [..., in], the result [..., out] in x's dtype."""
+        ctx.save_for_backward(x, weight, lora_a, lora_b, scales, mins)
+        ctx.scaling, ctx.max_code = scaling, max_code
+        update, params = LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins)
+        return F.linear(x, fake_quantize(weight, update, params, max_code, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, A, B, s and m; eqs 19 and 21 with m = b + Q_N * s.
+
+        Inside the clamp dW_q/ds = q - w and dW_q/dm = 0; outside dW_q/ds = q (0 or max_code) and dW_q/dm = 1.
+        W, w, q and dL/dW_q exist for one run of rows at a time.
+        """
+        x, weight, lora_a, lora_b, scales, mins = ctx.saved_tensors
+        dtype = scales.dtype
+        update = LoraUpdate(lora_a.to(dtype), lora_b.to(dtype), ctx.scaling)
+        grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
+        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        quantized = torch.empty(weight.shape, dtype=grad_y.dtype, device=x.device)
+        grad_a, grad_b = torch.zeros_like(update.a), torch.empty_like(update.b)
+        grad_s, grad_m = torch.empty_like(scales), torch.empty_like(mins)
+        for rows in row_blocks(weight):
+            s, m = scales[rows].unsqueeze(-1), mins[rows].unsqueeze(-1)  # [rows, groups, 1]
+            position = position_(merge_lora(weight, update, rows, dtype), scales[rows], mins[rows])
+            codes = position.clamp(0, ctx.max_code)
+            outside = codes != position  # complement of the straight-through mask on the unrounded w (eq 17)
+            codes.round_()
+            quantized[rows] = (codes * s).add_(m).view(-1, weight.shape[1])
+            grad_w = (grad_y[:, rows].T @ flat_x).to(dtype).view_as(position)  # dL/dW_q, eq 22
+            grad_s[rows] = grad_w.mul(codes.sub_(position.masked_fill_(outside, 0))).sum(-1)
+            grad_m[rows] = (grad_w * outside).sum(-1)
+            grad_in = grad_w.masked_fill_(outside, 0).view(-1, weight.shape[1])
+            grad_a.addmm_(update.b[rows].T, grad_in)  # eq 29, scaled below
+            torch.mm(grad_in, update.a.T, out=grad_b[rows])  # eq 30
+        grad_x = (grad_y @ quantized).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = grad_a.mul_(ctx.scaling).to(lora_a.dtype), grad_b.mul_(ctx.scaling).to(lora_b.dtype)
+        return grad_x, None, grad_a, grad_b, grad_s, grad_m, None, None
+
+
+class L4QLinear(nn.Module):
+    """A frozen linear layer with trainable A, B, scales s and offsets b, quantized in every forward.
+
+    Parameters: `weight` W0 [out, in] and `bias` [out] frozen in their own dtype; in float32 `lora_A` [rank, in],
+    `lora_B` [out, rank], `scales` s and `offsets` b [out, groups], the last frozen at zero for zero_point "none".
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, quant: QuantConfig, lora: LoraConfig) -> None:
+        super().__init__()
+        self.quant, self.lora = quant, lora
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(lora.rank, self.in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora.rank, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # peft's and torch.nn.Linear's choice of a
+        scales, offsets = init_qparams(weight, quant)
+        self.scales = nn.Parameter(scales)
+        self.offsets = nn.Parameter(offsets, requires_grad=quant.zero_point != "none")
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quant: QuantConfig, lora: LoraConfig) -> L4QLinear:
+        """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid."""
+        return cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), quant, lora)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [..., in] -> [..., out] through the quantized merged weight."""
+        params = self.grid()
+        lora_a = F.dropout(self.lora_A, self.lora.dropout, self.training) if self.lora.dropout else self.lora_A
+        y: torch.Tensor = L4QFunction.apply(
+            x, self.weight, lora_a, self.lora_B, params.scales, params.mins, self.lora.scaling, self.quant.max_code
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def update(self) -> LoraUpdate:
+        """A, B and their scaling."""
+        return LoraUpdate(self.lora_A, self.lora_B, self.lora.scaling)
+
+    def grid(self) -> GridParams:
+        """Scales, mins and zero-points as the forward uses them."""
+        return grid_params(self.scales, self.offsets, self.quant)
+
+    @torch.no_grad()
+    def quantized_weight(self) -> torch.Tensor:
+        """W_q exactly as the evaluation forward multiplies with it, [out, in] in the dtype of the scales."""
+        return fake_quantize(self.weight, self.update(), self.grid(), self.quant.max_code)
+
+    @torch.no_grad()
+    def freeze(self, name: str = "") -> QuantizedWeight:
+        """The layer as integers; dequantizing them gives `quantized_weight()` bit for bit."""
+        return freeze_weight(self.weight, self.update(), self.grid(), self.quant, name)
+
+    def extra_repr(self) -> str:
+        """Sizes and grid for print(model)."""
+        grid = f"bits={self.quant.bits}, group_size={self.quant.group_size}, zero_point={self.quant.zero_point}"
+        return f"{self.in_features}, {self.out_features}, rank={self.lora.rank}, {grid}"

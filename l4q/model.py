@@ -1,0 +1,197 @@
+"""Whole models: wrap the linears for training, freeze them, save the result as an L4Q checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l4q.checkpoint import save_checkpoint
+from l4q.config import GROUP_MULTIPLE, LoraConfig, QuantConfig
+from l4q.errors import UsageError
+from l4q.files import find_side_files
+from l4q.linear import L4QLinear
+from l4q.weight import QuantizedWeight
+
+TRAINABLE = ("lora_A", "lora_B", "scales", "offsets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrapReport:
+    """What `wrap_linears` did."""
+
+    wrapped: tuple[str, ...]
+    """Modules that are quantized now."""
+    dense: tuple[str, ...]
+    """Linear modules left as they were, the output head among them."""
+
+
+def wrap_linears(
+    model: nn.Module, quant: QuantConfig, lora: LoraConfig, *, skip_indivisible: bool = False
+) -> WrapReport:
+    """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
+
+    Args:
+        model: A causal language model; its output embeddings are never touched.
+        quant: The grid.
+        lora: Rank, scaling and the patterns of target modules.
+        skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
+
+    Raises:
+        UsageError: A pattern matches nothing, nothing is left to wrap, or the group size does not divide a layer.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    head = _output_head(model)
+    candidates = {name: module for name, module in linears.items() if module is not head}
+    targets = _match(candidates, lora.target_modules)
+    odd = [
+        name
+        for name in targets
+        if candidates[name].in_features % quant.resolve_group_size(candidates[name].in_features)
+    ]
+    if odd and not skip_indivisible:
+        raise _indivisible(odd, candidates, quant)
+    wrapped = [name for name in targets if name not in set(odd)]
+    if not wrapped:
+        raise UsageError(
+            "no linear layer is left to quantize", got=lora.target_modules, expected=sorted(candidates)[:8]
+        )
+    model.requires_grad_(False)
+    for name in wrapped:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, L4QLinear.from_linear(candidates[name], quant, lora))
+    return WrapReport(wrapped=tuple(wrapped), dense=tuple(name for name in linears if name not in set(wrapped)))
+
+
+def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
+    """The wrapped layers with their dotted names, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, L4QLinear):
+            yield name, module
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A, B, s and b of every wrapped layer by full parameter name: all that training changes."""
+    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in l4q_layers(model) for part in TRAINABLE}
+
+
+@torch.no_grad()
+def load_trainable_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy a state made by `trainable_state` into a model wrapped the same way.
+
+    Raises:
+        UsageError: Names or shapes differ.
+    """
+    current = trainable_state(model)
+    if set(current) != set(state):
+        odd = sorted(set(current) ^ set(state))
+        raise UsageError("the saved state belongs to another model or other target modules", got=odd[:5])
+    for name, tensor in current.items():
+        if tensor.shape != state[name].shape:
+            raise UsageError(
+                "a saved tensor has another shape",
+                where=name,
+                got=list(state[name].shape),
+                expected=list(tensor.shape),
+                remedy="resume with the same --rank, --group-size and model",
+            )
+        tensor.copy_(state[name])
+
+
+def freeze_model(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Freeze layer after layer, one in memory at a time."""
+    for name, layer in l4q_layers(model):
+        yield name, layer.freeze(name)
+
+
+def save_l4q(
+    model: Any,
+    out: str | Path,
+    *,
+    quant: QuantConfig,
+    side_files_from: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a wrapped transformers model as an L4Q checkpoint folder.
+
+    Args:
+        model: A PreTrainedModel after `wrap_linears`.
+        out: Folder to create.
+        quant: The grid it was wrapped with.
+        side_files_from: Folder whose tokenizer, template and licence files are copied.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        UsageError: The folder exists, or training left non-finite scales.
+    """
+    layers = dict(l4q_layers(model))
+    inside = tuple(f"{name}." for name in layers)
+    dense_modules = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    config = model.config.to_dict()
+    save_checkpoint(
+        out,
+        config={key: value for key, value in config.items() if key != "quantization_config"},
+        weights=freeze_model(model),
+        dense=((name, tensor) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside)),
+        quant=quant,
+        modules_to_not_convert=dense_modules,
+        side_files=find_side_files(Path(side_files_from)) if side_files_from else (),
+        overwrite=overwrite,
+    )
+
+
+def _dense_tensors(model: nn.Module, layers: Mapping[str, L4QLinear]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Persistent tensors that are not part of a wrapped layer, plus those layers' biases; tied tensors once."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        key = tensor.data_ptr()
+        if key not in seen:
+            seen.add(key)
+            yield name, tensor
+
+
+def _is_part(name: str, layers: tuple[str, ...]) -> bool:
+    return name.startswith(layers) and not name.endswith(".bias")
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = getter() if getter else None
+    return head
+
+
+def _match(candidates: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> list[str]:
+    hits = {
+        pattern: {n for n in candidates if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        for pattern in patterns
+    }
+    unused = [pattern for pattern, names in hits.items() if not names]
+    if unused:
+        raise UsageError(
+            "a target pattern matches no linear layer",
+            where="target_modules",
+            got=unused,
+            expected=f"patterns such as *.q_proj; the model has {sorted({n.rpartition('.')[2] for n in candidates})}",
+        )
+    chosen = set().union(*hits.values())
+    return [name for name in candidates if name in chosen]
+
+
+def _indivisible(odd: list[str], candidates: Mapping[str, nn.Linear], quant: QuantConfig) -> UsageError:
+    sizes = sorted({candidates[name].in_features for name in odd})
+    fits = {size: [g for g in range(GROUP_MULTIPLE, size + 1, GROUP_MULTIPLE) if size % g == 0] for size in sizes}
+    shown = ", ".join(odd[:6]) + (f", … ({len(odd)} in all)" if len(odd) > 6 else "")
+    return UsageError(
+        "the group size does not divide in_features of some layers",
+        where=shown,
+        got=f"group_size {quant.group_size}, in_features {sizes}",
+        expected="; ".join(
+            f"in_features {size}: {groups or 'only -1 (one group per row)'}" for size, groups in fits.items()
+        ),
+        remedy="choose a group size that fits all, use -1, or leave these layers dense (--leave-dense)",
+    )

@@ -1,0 +1,223 @@
+"""L4Q's mathematics on plain tensors: initialisation, grids, fake quantization, freezing.
+
+Symbols follow the paper (arXiv 2402.04902, eqs 3-30), with unsigned codes. Q_N = -2**(n-1), Q_P = 2**(n-1)-1, n bits:
+
+    paper:  w = (W - b) / s,   w~ = round(clamp(w, Q_N, Q_P)),        W_q = w~ * s + b
+    here:   w = (W - m) / s,   q  = round(clamp(w, 0, 2**n - 1)),     W_q = q * s + m,     m = b + Q_N * s
+
+The two agree because q = w~ - Q_N. The second form is the one GGUF's Q4_1 stores (d = s, m), and with an integer
+zero-point z (m = -z * s) it equals (q - z) * s exactly: s has 11 significant bits at most and q - z five, so no
+operation rounds in float32. That is why the training forward, the checkpoint and the exports can agree bit for bit.
+
+Shapes: weights [out, in]; scales s, offsets b and mins m [out, groups]; groups split the rows of W into runs of
+in / groups consecutive columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from l4q.config import QuantConfig, ScaleGrid
+from l4q.weight import QuantizedWeight
+
+# Smallest value both scale grids hold (2**-20 is the least fp16 subnormal with its four low bits clear), and a bound
+# that keeps 15 * s finite in fp16. They make s positive and finite whatever the optimizer does.
+SCALE_MIN = 2.0**-20
+SCALE_MAX = 4096.0
+# 256 KiB of float32: stays in the second-level cache of current cores, and is enough for torch to use two threads.
+BLOCK_ELEMENTS = 1 << 16
+
+
+class GridParams(NamedTuple):
+    """What the forward really uses: scales and mins on the grid, and the zero-points if they are integers."""
+
+    scales: torch.Tensor
+    """[out, groups], on the scale grid."""
+    mins: torch.Tensor
+    """[out, groups], the value of code 0."""
+    zeros: torch.Tensor
+    """[out, groups], -mins / scales: whole numbers unless zero_point is float."""
+
+
+class LoraUpdate(NamedTuple):
+    """The low-rank update W - W0 = scaling * B @ A."""
+
+    a: torch.Tensor
+    """A [rank, in]."""
+    b: torch.Tensor
+    """B [out, rank]."""
+    scaling: float
+    """alpha / rank."""
+
+
+class StraightThrough(torch.autograd.Function):
+    """Value of `snapped`, gradient of `value`. Exact, unlike value + (snapped - value).detach()."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, snapped: torch.Tensor) -> torch.Tensor:
+        """Return `snapped`."""
+        return snapped.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Hand the gradient to `value`."""
+        return grads[0], None
+
+
+def snap_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
+    """Nearest scales on the grid, within [SCALE_MIN, SCALE_MAX], in the dtype of `scales`.
+
+    Both grids are subsets of fp16; "fp16_s7" also clears the four low mantissa bits (round half to even), leaving 7
+    significant bits, so that s * z is exact in fp16 for every 4-bit z.
+    """
+    half = scales.detach().clamp(SCALE_MIN, SCALE_MAX).to(torch.float16)
+    if grid == "fp16_s7":
+        bits = half.view(torch.int16).to(torch.int32)
+        half = ((bits + 7 + ((bits >> 4) & 1)) & ~15).to(torch.int16).view(torch.float16)
+    return half.to(scales.dtype)
+
+
+def ceil_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
+    """Smallest scales on the grid that are not below `scales`."""
+    snapped = snap_scales(scales, grid)
+    step = 16 if grid == "fp16_s7" else 1
+    above = (snapped.to(torch.float16).view(torch.int16) + step).view(torch.float16).to(scales.dtype)
+    return torch.where(snapped < scales, above, snapped).clamp(max=SCALE_MAX)
+
+
+def init_qparams(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """L4Q_init (eqs 36-38): s = max(|min W / Q_N|, |max W / Q_P|) per group, b = 0; no weight is clipped at the start.
+
+    s is rounded *up* onto the scale grid: rounded to nearest, the group's extreme weight would land outside
+    [Q_N, Q_P] in about half of the groups and lose its gradient.
+
+    Args:
+        weight: [out, in], any float dtype.
+        quant: The grid.
+
+    Returns:
+        scales, offsets: float32 (float64 for float64 weights), each [out, in / group_size].
+    """
+    grouped = _grouped(weight.detach().to(_compute_dtype(weight)), quant.resolve_group_size(weight.shape[1]))
+    low = grouped.amin(-1) / -quant.midpoint
+    high = grouped.amax(-1) / (quant.max_code - quant.midpoint)
+    scales = ceil_scales(torch.maximum(low, high).clamp(min=SCALE_MIN), quant.scale_grid)
+    return scales, torch.zeros_like(scales)
+
+
+def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig) -> GridParams:
+    """Snap trainable s and b onto the grid, with straight-through gradients.
+
+    "none": m = Q_N * s.  "integer": z = clamp(round(-Q_N - b / s), 1, 2**n - 1), m = -z * s.
+    "float": m = fp16(b + Q_N * s).
+    """
+    snapped = StraightThrough.apply(scales, snap_scales(scales, quant.scale_grid))
+    if quant.zero_point == "none":
+        zeros = torch.full_like(snapped, float(quant.midpoint))
+        return GridParams(snapped, -quant.midpoint * snapped, zeros)
+    if quant.zero_point == "integer":
+        free = quant.midpoint - offsets / snapped
+        zeros = StraightThrough.apply(free, free.detach().round().clamp(1, quant.max_code))
+        return GridParams(snapped, -(zeros * snapped), zeros)
+    free = offsets - quant.midpoint * snapped
+    limit = torch.finfo(torch.float16).max
+    mins = StraightThrough.apply(free, free.detach().clamp(-limit, limit).to(torch.float16).to(free.dtype))
+    return GridParams(snapped, mins, -mins / snapped)
+
+
+def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """Runs of rows that fit a CPU core's cache, so that the elementwise passes over a weight read memory once.
+
+    On other devices the whole weight is one block. Training and freezing walk the same blocks, so that B @ A is
+    multiplied in the same shapes and rounds to the same bits.
+    """
+    rows, columns = weight.shape
+    step = max(1, BLOCK_ELEMENTS // columns) if weight.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def merge_lora(weight: torch.Tensor, update: LoraUpdate, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """W = W0 + scaling * B @ A (eq 7) for a run of rows: a new [rows, in] tensor in `dtype`.
+
+    Args:
+        weight: W0 [out, in].
+        update: A, B and the scaling.
+        rows: The rows to merge.
+        dtype: float32 in training and freezing, whatever the dtype of W0.
+    """
+    base = weight[rows].to(dtype)
+    return torch.addmm(base, update.b[rows].to(dtype), update.a.to(dtype), alpha=update.scaling)
+
+
+def position_(weight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor) -> torch.Tensor:
+    """w = (W - m) / s in place on `weight` [rows, in], returned as a view [rows, groups, group_size]."""
+    grouped = _grouped(weight, weight.shape[1] // scales.shape[1])
+    return grouped.sub_(mins.unsqueeze(-1)).div_(scales.unsqueeze(-1))
+
+
+def fake_quantize(
+    weight: torch.Tensor, update: LoraUpdate, params: GridParams, max_code: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """W_q = q * s + m with q = round(clamp(w, 0, max_code)) of the merged weight (eqs 7-10), without gradients.
+
+    Args:
+        weight: W0 [out, in].
+        update: The low-rank update merged before quantization.
+        params: The grid.
+        max_code: 2**bits - 1.
+        dtype: Of the result; that of the scales by default, which is exact.
+
+    Returns:
+        [out, in].
+    """
+    values = torch.empty(weight.shape, dtype=dtype or params.scales.dtype, device=weight.device)
+    for rows, codes in _code_blocks(weight, update, params, max_code):
+        block = codes.mul_(params.scales[rows].unsqueeze(-1)).add_(params.mins[rows].unsqueeze(-1))
+        values[rows] = block.view(-1, weight.shape[1])
+    return values
+
+
+def freeze_weight(
+    weight: torch.Tensor, update: LoraUpdate, params: GridParams, quant: QuantConfig, name: str = ""
+) -> QuantizedWeight:
+    """Turn a merged weight into integers.
+
+    This is the only step that may lose information, and it loses nothing that `fake_quantize` has not lost in every
+    training forward already: both take their codes from the same blocks.
+
+    Raises:
+        UsageError: Scales or mins are not finite (training diverged).
+    """
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows, block in _code_blocks(weight, update, params, quant.max_code):
+        codes[rows] = block.view(-1, weight.shape[1]).to(torch.uint8)
+    return QuantizedWeight(
+        codes=codes.cpu().numpy(),
+        scales=params.scales.to(torch.float16).cpu().numpy(),
+        zeros=params.zeros.to(torch.uint8).cpu().numpy() if quant.zero_point == "integer" else None,
+        mins=params.mins.to(torch.float16).cpu().numpy() if quant.zero_point == "float" else None,
+        bits=quant.bits,
+        group_size=quant.resolve_group_size(weight.shape[1]),
+        name=name,
+    )
+
+
+def _code_blocks(
+    weight: torch.Tensor, update: LoraUpdate, params: GridParams, max_code: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Codes of each run of rows as whole float numbers [rows, groups, group_size], free to be overwritten."""
+    for rows in row_blocks(weight):
+        merged = merge_lora(weight, update, rows, params.scales.dtype)
+        yield rows, position_(merged, params.scales[rows], params.mins[rows]).clamp_(0, max_code).round_()
+
+
+def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    return weight.view(weight.shape[0], -1, group_size)
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,240 @@
+"""One training run from options to a frozen checkpoint: `train(TrainOptions(...))`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+
+from l4q.data import TrainingData, load_training_data, make_collator, padding_id
+from l4q.errors import UnsupportedError, UsageError
+from l4q.evaluate import text_windows, windows_perplexity
+from l4q.model import load_trainable_state, save_l4q, wrap_linears
+from l4q.run_folder import RunFolder
+from l4q.train_options import EvalOptions, TrainOptions
+from l4q.train_state import TRAINABLE, load_tensors, read_json, write_json
+from l4q.trainer import L4QTrainer
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LENGTH = 1024
+DEFAULT_WINDOW = 512
+LOSS_SPAN = 10
+"""Steps the reported first and last losses are averaged over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Held-out windows, measured at the three stages of a run; without windows it measures nothing."""
+
+    windows: Sequence[Sequence[int]]
+
+    def measure(self, stage: str, model: Any) -> dict[str, float]:
+        """{stage: perplexity}, or {} if there is no evaluation text."""
+        if not self.windows:
+            return {}
+        value = windows_perplexity(model, self.windows).value
+        log.info("perplexity, %s: %.3f", stage, value)
+        return {stage: value}
+
+
+def train(options: TrainOptions) -> dict[str, Any]:
+    """Train, freeze, and write RUN/checkpoint.
+
+    Returns:
+        The content of RUN/result.json: paths, steps, losses, and perplexities "base" (the unquantized model), "start"
+        (quantized, before training) and "trained", if an evaluation text was given.
+
+    Raises:
+        UsageError: Bad options, data or run folder.
+        UnsupportedError: A model or chat template that cannot be trained.
+        DivergedError: The loss or a gradient became NaN or infinite.
+    """
+    run = RunFolder(options.out)
+    run.claim(options)
+    model, tokenizer = load_model(options)
+    context = context_length(model)
+    data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
+    log.info("data: %s", data.facts())
+    evaluator = Evaluator(windows=_windows(options.evaluation, tokenizer, context))
+    run.check(options, data.facts())
+    finished = run.finished(options)
+    if finished is not None:
+        log.info("the run is complete; nothing to do")
+        return finished
+
+    args = training_arguments(options)
+    model.to(args.device)
+    perplexities = evaluator.measure("base", model)
+    set_seed(options.seed)
+    report = wrap_linears(model, options.quant, options.lora, skip_indivisible=options.leave_dense)
+    log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
+    perplexities |= evaluator.measure("start", model)
+    run.start(options, data.facts())
+
+    began = time.monotonic()
+    state = _fit_model(model, args, options, run, data, padding_id(tokenizer))
+    seconds = time.monotonic() - began
+    perplexities |= evaluator.measure("trained", model)
+    _freeze(model, tokenizer, options, run)
+    result = {
+        "run": str(run.path),
+        "checkpoint": str(run.checkpoint),
+        **_loss_summary(state),
+        "tokens": state["num_input_tokens_seen"],
+        "seconds": round(seconds, 3),
+        "perplexity": perplexities,
+        "quantized_layers": len(report.wrapped),
+        "dense_layers": len(report.dense),
+        "data": data.facts(),
+    }
+    write_json(run.result, result)
+    return result
+
+
+def load_model(options: TrainOptions) -> tuple[Any, Any]:
+    """The model, in the dtype asked for, and its tokenizer.
+
+    Raises:
+        UsageError: The folder or model id does not exist or is incomplete.
+        UnsupportedError: transformers knows no causal language model for it.
+    """
+    path = Path(options.model)
+    looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
+    if looks_local and not path.is_dir():
+        raise UsageError("the model folder does not exist", where=options.model, expected="a Hugging Face model folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    except OSError as error:
+        raise UsageError(
+            "the model cannot be loaded",
+            where=options.model,
+            got=str(error).splitlines()[0],
+            expected="a folder with config.json, safetensors and tokenizer, or a model id of the hub",
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedError(
+            "transformers cannot load this as a causal language model",
+            where=options.model,
+            got=str(error).splitlines()[0],
+            expected="an architecture of AutoModelForCausalLM",
+        ) from error
+    return model, tokenizer
+
+
+def context_length(model: Any) -> int | None:
+    """The model's longest sequence in tokens, if its config says so."""
+    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if value is None else int(value)
+
+
+def training_arguments(options: TrainOptions) -> TrainingArguments:
+    """The Trainer's settings for these options."""
+    epochs = 1.0 if options.epochs is None else options.epochs
+    return TrainingArguments(
+        output_dir=str(options.out),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.grad_accum,
+        max_steps=options.steps or -1,
+        num_train_epochs=epochs,
+        learning_rate=options.optim.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.optim.warmup_ratio,
+        max_grad_norm=options.optim.max_grad_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=options.seed,
+        data_seed=options.seed,
+        save_strategy="steps",
+        save_steps=options.save_every,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _fit_model(
+    model: Any, args: TrainingArguments, options: TrainOptions, run: RunFolder, data: TrainingData, pad: int
+) -> dict[str, Any]:
+    """Train from the start or the newest state; returns the final trainer_state.json's content."""
+    trainer = L4QTrainer(
+        model,
+        args,
+        optim=options.optim,
+        keep_states=options.keep_states,
+        train_dataset=data.examples,
+        data_collator=make_collator(pad),
+    )
+    point = run.resume_point()
+    if point is not None:
+        log.info("continuing from %s", point[1])
+        saved: dict[str, Any] = read_json(point[1] / "trainer_state.json")
+        if saved["global_step"] >= saved["max_steps"]:  # killed between the last step and the freeze
+            load_trainable_state(model, load_tensors(point[1] / TRAINABLE))
+            return saved
+    try:
+        trainer.train(resume_from_checkpoint=str(point[1]) if point else None)
+    finally:
+        trainer.close()
+    return dict(vars(trainer.state))
+
+
+def _freeze(model: Any, tokenizer: Any, options: TrainOptions, run: RunFolder) -> None:
+    model.to("cpu")
+    with TemporaryDirectory() as scratch:
+        folder = Path(options.model)
+        if not folder.is_dir():  # a hub id: the tokenizer and generation settings come from the loaded objects
+            folder = Path(scratch)
+            tokenizer.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+        if run.checkpoint.exists():  # from a run that was killed before it recorded its result
+            shutil.rmtree(run.checkpoint)
+        save_l4q(model, run.checkpoint, quant=options.quant, side_files_from=folder)
+
+
+def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    first, last = losses[:LOSS_SPAN], losses[-LOSS_SPAN:]
+    return {
+        "steps": state["global_step"],
+        "first_loss": math.fsum(first) / len(first),
+        "final_loss": math.fsum(last) / len(last),
+    }
+
+
+def _windows(options: EvalOptions, tokenizer: Any, context: int | None) -> list[list[int]]:
+    if options.text is None:
+        return []
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the evaluation text cannot be read", where=options.text, got=error) from error
+    return text_windows(tokenizer, text, _fit(options.window, DEFAULT_WINDOW, context), options.windows)
+
+
+def _fit(asked: int | None, default: int, context: int | None) -> int:
+    """The length asked for, or the default cut to the model's context.
+
+    Raises:
+        UsageError: More tokens were asked for than the model can read.
+    """
+    if asked is None:
+        return default if context is None else min(default, context)
+    if context is not None and asked > context:
+        raise UsageError("the sequence length exceeds the model's context", got=asked, expected=f"at most {context}")
+    return asked

@@ -1,0 +1,144 @@
+"""The options of a training run, as frozen dataclasses that the command line only fills."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from l4q.config import LoraConfig, QuantConfig
+from l4q.errors import UsageError
+
+TrainDtype = Literal["float32", "bfloat16"]
+
+# A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
+SCALE_LR_RATIO = 1 / 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """AdamW with one learning rate per kind of parameter, linear warm-up, then cosine decay to zero.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    lr: float = 1e-3
+    """Peak learning rate of A and B."""
+    scale_lr: float | None = None
+    """Peak learning rate of the scales s, in weight units; None: lr / 20."""
+    offset_lr: float | None = None
+    """Peak learning rate of the offsets b, in weight units; None: lr / 20."""
+    weight_decay: float = 0.01
+    """Acts on A and B only: decaying s or b would pull the grid towards zero."""
+    warmup_ratio: float = 0.1
+    """Share of all steps spent warming up."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this total norm; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        """Fill in the derived learning rates and check ranges."""
+        for name in ("scale_lr", "offset_lr"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.lr * SCALE_LR_RATIO)
+        for name in ("lr", "scale_lr", "offset_lr", "weight_decay", "max_grad_norm"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Held-out perplexity before, at the start of, and after training."""
+
+    text: Path | None = None
+    """UTF-8 text file; None = no evaluation."""
+    window: int | None = None
+    """Tokens per window; None: 512, or the model's context if that is shorter."""
+    windows: int = 12
+    """Number of windows, from the middle of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Everything `l4q.train.train` needs.
+
+    Raises:
+        UsageError: Options that contradict each other or are out of range.
+    """
+
+    model: str
+    """Hugging Face model id or folder."""
+    data: tuple[Path, ...]
+    """Training files, see `l4q.data_records`."""
+    out: Path
+    """Run folder."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
+    leave_dense: bool = False
+    """Leave layers dense whose in_features the group size does not divide."""
+    steps: int | None = None
+    """Optimizer steps; None = go by epochs."""
+    epochs: float | None = None
+    """Passes over the data; None = one, unless steps is given."""
+    batch_size: int = 1
+    """Sequences per forward pass."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step."""
+    max_length: int | None = None
+    """Tokens per sequence; None: 1024, or the model's context if that is shorter."""
+    seed: int = 0
+    """Fixes LoRA's initial A, the order of the data and dropout."""
+    dtype: TrainDtype = "float32"
+    """Dtype of the frozen weights and the activations; A, B, s and b are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+    save_every: int = 100
+    """Optimizer steps between saved states; the last step is always saved."""
+    keep_states: int = 2
+    """Saved states to keep, newest first."""
+    resume: bool = False
+    """Continue the run in `out`, or start it if there is none."""
+    overwrite: bool = False
+    """Delete the run in `out` first."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and contradictions."""
+        require(bool(self.data), "data", "no file", "at least one training file")
+        require(self.steps is None or self.epochs is None, "steps", "both steps and epochs", "one of the two")
+        require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
+        require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
+        for name in ("batch_size", "grad_accum", "save_every", "keep_states"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain JSON values."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide the trained weights; the data is identified by its hash instead."""
+        return {key: value for key, value in self.to_dict().items() if key not in _INCIDENTAL}
+
+
+_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite")
+
+
+def require(condition: bool, option: str, got: object, expected: str) -> None:
+    """Refuse an option value.
+
+    Raises:
+        UsageError: `condition` is false.
+    """
+    if not condition:
+        raise UsageError("an option has an unsupported value", where=option, got=got, expected=expected)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

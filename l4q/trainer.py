@@ -1,0 +1,150 @@
+"""transformers.Trainer with three learning rates, safetensors-only saved states, and a stop at non-finite losses.
+
+Only what those three need is overridden; the loop, accumulation, clipping, schedule and distribution are the Trainer's.
+The layers are ordinary modules, so other trainers (TRL, a plain loop) work on a wrapped model just as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from l4q.errors import UsageError
+from l4q.files import staged_folder
+from l4q.model import load_trainable_state, trainable_state
+from l4q.train_callbacks import FiniteGradients, StepReport, diverged
+from l4q.train_options import OptimOptions
+from l4q.train_state import (
+    TRAINABLE,
+    load_optimizer,
+    load_rng,
+    load_tensors,
+    prune_states,
+    read_json,
+    save_optimizer,
+    save_rng,
+    save_tensors,
+    seal_state,
+    state_folder,
+    write_json,
+)
+
+# last part of a parameter's name -> the group whose learning rate it follows
+PARAMETER_GROUPS = {"lora_A": "lora", "lora_B": "lora", "scales": "scales", "offsets": "offsets"}
+
+
+def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, Any]]:
+    """Optimizer groups "lora", "scales" and "offsets" (those that train), for any torch optimizer.
+
+    Raises:
+        UsageError: A trainable parameter is of no known kind, or none is trainable.
+    """
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in PARAMETER_GROUPS.values()}
+    unknown = []
+    for name, parameter in model.named_parameters():
+        kind = PARAMETER_GROUPS.get(name.rpartition(".")[2])
+        if parameter.requires_grad and kind is None:
+            unknown.append(name)
+        elif parameter.requires_grad and kind is not None:
+            members[kind].append(parameter)
+    if unknown or not any(members.values()):
+        raise UsageError(
+            "the model's trainable parameters are not those of L4Q layers",
+            got=unknown[:5] or "no trainable parameter",
+            expected=sorted(PARAMETER_GROUPS),
+            remedy="call l4q.wrap_linears(model, ...) first and leave everything else frozen",
+        )
+    settings: dict[str, dict[str, Any]] = {
+        "lora": {"lr": options.lr, "weight_decay": options.weight_decay},
+        "scales": {"lr": options.scale_lr, "weight_decay": 0.0},
+        "offsets": {"lr": options.offset_lr, "weight_decay": 0.0},
+    }
+    return [{"name": name, "params": params, **settings[name]} for name, params in members.items() if params]
+
+
+class L4QTrainer(Trainer):
+    """Trains a model made by `wrap_linears`.
+
+    Args:
+        model: The wrapped model.
+        args: Trainer settings; output_dir is the run folder.
+        optim: Learning rates and weight decay.
+        keep_states: Saved states to keep.
+        **kwargs: Passed on to transformers.Trainer (train_dataset, data_collator, ...).
+    """
+
+    optimizer: Any
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, *, optim: OptimOptions, keep_states: int, **kwargs: Any
+    ) -> None:
+        """Build the Trainer and replace its console callbacks."""
+        super().__init__(model=model, args=args, **kwargs)
+        self._optim = optim
+        self._keep_states = keep_states
+        self._run = Path(str(args.output_dir))
+        self._report = StepReport(self._run / "metrics.jsonl")
+        # The stock callbacks print to stdout, which belongs to the command's result.
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self._report)
+        self.add_callback(FiniteGradients(self._run))
+
+    def close(self) -> None:
+        """End the progress bar of a run that stopped early."""
+        self._report.close()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW over `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model if model is None else model, self._optim)
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's step, stopping at a loss that is not finite.
+
+        Raises:
+            DivergedError: The loss is NaN or infinite; no optimizer step was made from it.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise diverged(self._run, self.state.global_step + 1, f"loss {float(loss)}")
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write RUN/state-<step>: complete under its final name, or not at all."""
+        step = self.state.global_step
+        state = trainable_state(self.model)
+        broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise diverged(self._run, step, f"non-finite values in {broken[:3]}")
+        self.store_flos()
+        with staged_folder(state_folder(self._run, step), overwrite=True) as stage:
+            save_tensors(stage / TRAINABLE, state)
+            save_optimizer(stage, self.optimizer, self._parameter_names())
+            write_json(stage / "scheduler.json", self.lr_scheduler.state_dict())
+            save_rng(stage, self.args.process_index)
+            self.state.save_to_json(str(stage / "trainer_state.json"))
+            seal_state(stage, step)
+        prune_states(self._run, self._keep_states)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trainable_state(self.model, load_tensors(Path(resume_from_checkpoint) / TRAINABLE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self.optimizer, self._parameter_names())
+            self.lr_scheduler.load_state_dict(read_json(Path(checkpoint) / "scheduler.json"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng(Path(checkpoint), self.args.process_index)
+
+    def _parameter_names(self) -> dict[torch.Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}

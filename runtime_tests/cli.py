@@ -1,0 +1,47 @@
+"""`l4q-parity`: prove that every export of a checkpoint gives the checkpoint's perplexity in its own runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l4q.cli_common import run
+
+
+@click.command(
+    name="parity",
+    epilog="Example: l4q-parity RUN/checkpoint exports/gptq exports/gguf exports/onnx --text held_out.txt",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Held-out text, UTF-8.")
+@click.option("--windows", default=4, show_default=True, type=click.IntRange(1), help="Windows from the text's middle.")
+@click.option("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
+@click.option("--new-tokens", default=48, show_default=True, type=click.IntRange(0), help="Greedy tokens; 0 skips.")
+@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads per engine.")
+@click.option("--timeout", default=900.0, show_default=True, help="Seconds one engine may take for one answer.")
+@click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="Another interpreter for an engine.")
+@click.option("--report", type=click.Path(path_type=Path), default=None, help="Write report.json here.")
+@click.option(
+    "--card/--no-card", default=True, show_default=True, help="Put the figures into the exports' model cards."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(as_json: bool, **arguments: Any) -> None:
+    """Run CHECKPOINT in torch and every folder of EXPORTS in its runtime, on the same token ids.
+
+    Exit code 4 if any runtime differs by more than its documented bound.
+    """
+    from runtime_tests.run import run_and_report
+
+    report = run_and_report(arguments, show_table=not as_json)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+
+
+def main() -> None:
+    """Entry point of the `l4q-parity` command."""
+    run(command)

@@ -1,0 +1,90 @@
+"""Real models, real text and checkpoints made from them, shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from l4q.config import LoraConfig, QuantConfig
+from l4q.model import l4q_layers, save_l4q, wrap_linears
+
+ASSETS = Path(__file__).resolve().parent.parent / "build" / "assets"
+
+CheckpointMaker = Callable[..., Path]
+
+
+def _asset(name: str) -> Path:
+    path = ASSETS / name
+    if not path.exists():
+        pytest.fail(f"{path} is missing: run `make assets` first (make test does)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def glassllm_dir() -> Path:
+    """A real 0.85M-parameter llama with real weights; down_proj has the odd in_features 341."""
+    return _asset("glassllm")
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct in float32."""
+    return _asset("smollm2")
+
+
+@pytest.fixture(scope="session")
+def wiki_text() -> str:
+    """Held-out Wikipedia articles."""
+    return _asset("text/wiki_demo.txt").read_text(encoding="utf-8")
+
+
+def disturb(model: torch.nn.Module, seed: int = 0) -> None:
+    """Move A, B, s and b as a short training would: no step-0 special case (B = 0, s at the extreme) survives."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in l4q_layers(model):
+            layer.lora_B.normal_(0, 2e-4, generator=generator)
+            layer.scales.mul_(0.9 + 0.15 * torch.rand(layer.scales.shape, generator=generator))
+            if layer.offsets.requires_grad:
+                noise = torch.randn(layer.offsets.shape, generator=generator)
+                layer.offsets.copy_(0.6 * noise * layer.scales)
+
+
+def make_checkpoint(source: Path, target: Path, **grid: Any) -> Path:
+    """Load a model, wrap it, disturb it, freeze it."""
+    from transformers import AutoModelForCausalLM
+
+    quant = QuantConfig(**grid)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    wrap_linears(model, quant, LoraConfig(rank=4), skip_indivisible=True)
+    disturb(model)
+    save_l4q(model, target, quant=quant, side_files_from=source)
+    return target
+
+
+def _maker(source: Path, base: Path) -> CheckpointMaker:
+    made: dict[str, Path] = {}
+
+    def make(zero_point: str = "none", **grid: Any) -> Path:
+        name = "-".join([zero_point, *(f"{key}_{value}" for key, value in sorted(grid.items()))])
+        if name not in made:
+            made[name] = make_checkpoint(source, base / name, zero_point=zero_point, **grid)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def glass_checkpoint(glassllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker:
+    """Maker of L4Q checkpoints of glassllm, for example ("integer", group_size=32); do not write into them."""
+    return _maker(glassllm_dir, tmp_path_factory.mktemp("glass"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker:
+    """As glass_checkpoint, for SmolLM2: 210 quantized linears."""
+    return _maker(smollm2_dir, tmp_path_factory.mktemp("smollm2"))

@@ -1,0 +1,94 @@
+"""What the `l4q-parity` command does once its options are parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from exporters.card import update_parity
+from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import UsageError
+from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_parity, run_parity
+from runtime_tests.report import markdown, table, write_report
+from runtime_tests.targets import detect
+
+
+def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, Any]:
+    """Run the comparison, print and write its results, and raise if any bound was broken.
+
+    Raises:
+        UsageError: Bad input.
+        VerificationError: Parity failed; reports and cards are written before that.
+    """
+    checkpoint = L4QCheckpoint.open(arguments["checkpoint"])
+    targets = [target for folder in arguments["exports"] for target in detect(folder)]
+    windows, prompt = read_windows(checkpoint.path, arguments["text"], arguments["windows"], arguments["window"])
+    options = ParityOptions(
+        prompt=prompt if arguments["new_tokens"] else (),
+        new_tokens=arguments["new_tokens"],
+        timeout_s=arguments["timeout"],
+        threads=arguments["threads"],
+        pythons=_pythons(arguments["pythons"]),
+    )
+    with progress_bars() as progress:
+        report = run_parity(checkpoint.path, targets, windows, options, progress)
+    if arguments["report"]:
+        write_report(report, arguments["report"])
+    if arguments["card"]:
+        update_cards(report)
+    if show_table:
+        Console(width=None).print(table(report))
+    assert_parity(report)
+    return report.to_dict()
+
+
+def read_windows(checkpoint: Path, text_file: Path, count: int, window: int) -> tuple[list[list[int]], list[int]]:
+    """Token windows from the middle of a text, and a short prompt for generation from the first of them."""
+    from transformers import AutoTokenizer
+
+    from l4q.evaluate import text_windows
+
+    try:
+        text = Path(text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the text cannot be read", where=text_file, got=error, expected="a UTF-8 text file") from error
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    windows = text_windows(tokenizer, text, window, count)
+    return windows, windows[0][: min(32, window // 2)]
+
+
+def update_cards(report: ParityReport) -> None:
+    """Write each export's own rows into its model card."""
+    for folder in dict.fromkeys(row.target.folder for row in report.rows):
+        update_parity(folder, markdown(report, tuple(row for row in report.rows if row.target.folder == folder)))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """One bar per engine on stderr."""
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done)
+
+        yield progress
+
+
+def _pythons(pairs: tuple[str, ...]) -> dict[str, str]:
+    chosen = {}
+    for pair in pairs:
+        engine, separator, path = pair.partition("=")
+        if not separator or not path:
+            raise UsageError("--python takes ENGINE=PATH", got=pair, expected="for example vllm=/opt/vllm/bin/python")
+        chosen[engine] = path
+    return chosen

@@ -1,0 +1,97 @@
+"""Find out what a folder is and which engine runs it: `ParityTarget`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporters.manifest import MANIFEST_NAME, read_manifest
+from l4q.errors import UsageError
+
+# Weight files by suffix; everything else in a folder is configuration.
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityTarget:
+    """One folder in one engine with one set of options."""
+
+    format: str
+    """"gptq", "gguf", "onnx" or "l4q"."""
+    engine: str
+    """A key of runtime_tests.engines.host.ENGINES."""
+    variant: str
+    """Selects the thresholds: the GGUF block type, the ONNX accuracy level, or ""."""
+    folder: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the engine."""
+    bits_per_weight: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the folder's weight files."""
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: format and variant."""
+        return f"{self.format} {self.variant}".strip()
+
+
+def detect(folder: str | Path) -> tuple[ParityTarget, ...]:
+    """The engine runs a folder calls for: one, or two for ONNX (the shipped accuracy level and level 4).
+
+    Raises:
+        UsageError: The folder is missing or is none of the formats.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError("no such folder", where=path, remedy="give folders written by l4q-export")
+    manifest = read_manifest(path) or {}
+    bits = manifest.get("bits_per_weight")
+    if (path / "model.onnx").is_file():
+        level = str(manifest.get("options", {}).get("onnx_accuracy_level", 0))
+        return tuple(_onnx(path, chosen, bits) for chosen in dict.fromkeys((level, "4")))
+    files = sorted(path.glob("*.gguf"))
+    if files:
+        variant = (manifest.get("encodings") or [files[0].stem.rpartition("-")[2]])[0]
+        # float32 KV cache and no flash attention: what is left is the weights' and the kernels' own noise
+        options = {"kv": "f32", "flash_attn": False}
+        return (
+            ParityTarget(
+                format="gguf", engine="llamacpp", variant=variant, folder=path, options=options, bits_per_weight=bits
+            ),
+        )
+    method = _quant_method(path)
+    if method == "gptq":
+        return (ParityTarget(format="gptq", engine="vllm", variant="", folder=path, bits_per_weight=bits),)
+    if method == "l4q":
+        return (ParityTarget(format="l4q", engine="torch", variant="", folder=path, bits_per_weight=bits),)
+    raise UsageError(
+        "the folder is none of the formats l4q-parity runs",
+        where=path,
+        got=f"quant_method {method}",
+        expected=f"model.onnx, a .gguf file, or config.json with quant_method gptq or l4q ({MANIFEST_NAME} helps)",
+    )
+
+
+def _onnx(path: Path, level: str, bits: float | None) -> ParityTarget:
+    return ParityTarget(
+        format="onnx",
+        engine="onnxruntime",
+        variant=level,
+        folder=path,
+        options={"accuracy_level": int(level)},
+        bits_per_weight=bits,
+    )
+
+
+def _quant_method(path: Path) -> str | None:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        method = config.get("quantization_config", {}).get("quant_method")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(method) if method else None
