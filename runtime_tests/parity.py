@@ -89,8 +89,6 @@ class ParityReport:
     oracle_perplexity: float
     oracle_tokens_per_s: float | None
     rows: tuple[ParityRow, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Figures a caller adds to the report, such as baselines."""
 
     @property
     def passed(self) -> bool:
@@ -105,7 +103,6 @@ class ParityReport:
             "oracle": {"perplexity": self.oracle_perplexity, "tokens_per_s": self.oracle_tokens_per_s},
             "passed": self.passed,
             "rows": [row.to_dict() for row in self.rows],
-            **self.extra,
         }
 
 

@@ -1,52 +1,57 @@
-"""Parity reports for people: a terminal table, Markdown for the model card, JSON for machines."""
+"""Parity reports for people: a terminal table, Markdown for the model card, JSON for machines.
+
+All functions take the JSON form of a report (`ParityReport.to_dict`), so that a stored report prints like a fresh one.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from runtime_tests.parity import ParityReport, ParityRow
+Report = Mapping[str, Any]
 
-COLUMNS = (
-    "runtime",
-    "format",
-    "bytes",
-    "bits/weight",
-    "bit-exact",
-    "perplexity",
-    "Δ %",
-    "KL",
-    "top-1 %",
-    "tokens/s",
-    "greedy",
-    "verdict",
+# heading, key in a row, format
+FIGURES = (
+    ("bytes", "bytes", ","),
+    ("bits/w", "bits_per_weight", ".2f"),
+    ("bit-exact", "bit_exact", ""),
+    ("perplexity", "perplexity", ".4f"),
+    ("Δ %", "delta_percent", "+.3f"),
+    ("KL", "kl", ".1e"),
+    ("top-1 %", "top1", ".2f"),
+    ("tokens/s", "tokens_per_s", ".1f"),
+    ("greedy", "greedy_match", ""),
 )
+COLUMNS = ("runtime", "format", *(heading for heading, _, _ in FIGURES), "verdict")
 
 
-def report_rows(report: ParityReport) -> list[tuple[str, ...]]:
-    """The table's cells, the oracle first; columns as in COLUMNS."""
-    speed = _number(report.oracle_tokens_per_s, ".1f")
-    oracle = ("torch", "oracle fp32", "", "", "", f"{report.oracle_perplexity:.4f}", "", "", "", speed, "", "")
-    return [oracle, *(_cells(row) for row in report.rows)]
+def report_rows(report: Report) -> list[tuple[str, ...]]:
+    """The table's cells in the order of COLUMNS: baselines, the oracle, then every runtime."""
+    baselines = [{"runtime": "torch", "name": name, "perplexity": value} for name, value in _baselines(report).items()]
+    oracle = {"runtime": "torch", "name": "oracle (float32)", **report["oracle"]}
+    return [_cells(row) for row in (*baselines, oracle, *report["rows"])]
 
 
-def table(report: ParityReport, title: str = "") -> Table:
+def table(report: Report, title: str = "") -> Table:
     """The report as a rich table."""
-    shown = Table(title=title or f"{report.tokens} tokens against the torch fp32 oracle")
+    shown = Table(title=title or f"{report['tokens']} held-out tokens, Δ and KL against the torch float32 oracle")
     for column in COLUMNS:
-        shown.add_column(column, justify="left" if column in {"runtime", "format", "verdict"} else "right")
+        left = column in {"runtime", "format", "verdict"}
+        shown.add_column(column, justify="left" if left else "right", overflow="fold")
     for cells in report_rows(report):
         shown.add_row(*cells)
     return shown
 
 
-def markdown(report: ParityReport, rows: tuple[ParityRow, ...]) -> str:
-    """The given rows as a Markdown table with one line on how they were measured."""
+def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The given rows of a report as a Markdown table, with one line on how they were measured."""
     lines = [
-        f"Measured on {report.tokens} tokens against torch float32 on the dequantized checkpoint "
-        f"(perplexity {report.oracle_perplexity:.4f}):",
+        f"Measured on {report['tokens']} tokens against torch float32 on the dequantized checkpoint "
+        f"(perplexity {report['oracle']['perplexity']:.4f}):",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -55,30 +60,33 @@ def markdown(report: ParityReport, rows: tuple[ParityRow, ...]) -> str:
     return "\n".join(lines)
 
 
-def write_report(report: ParityReport, path: Path) -> None:
+def write_report(report: Report, path: Path) -> None:
     """Write report.json."""
-    path.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _cells(row: ParityRow) -> tuple[str, ...]:
-    target, stats = row.target, row.stats
-    level = f"onnx level {target.variant}" if target.format == "onnx" else target.label
-    match = f"{row.greedy_match[0]}/{row.greedy_match[1]}" if row.greedy_match else ""
-    return (
-        target.engine,
-        level,
-        f"{target.nbytes:,}",
-        _number(target.bits_per_weight, ".2f"),
-        f"{row.exact} of {row.total}" if row.exact is not None else "",
-        _number(stats.perplexity if stats else None, ".4f"),
-        _number(stats.delta_percent if stats else None, "+.3f"),
-        _number(stats.kl if stats else None, ".2e"),
-        _number(100 * stats.top1 if stats else None, ".2f"),
-        _number(row.tokens_per_s, ".1f"),
-        match,
-        "ok" if row.passed else "FAILED",
-    )
+def _baselines(report: Report) -> dict[str, float]:
+    return dict(report.get("baselines", {}))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    verdict = "" if "passed" not in row else "ok" if row["passed"] else "FAILED"
+    return (row["runtime"], _name(row), *(_figure(row, key, form) for _, key, form in FIGURES), verdict)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    if "name" in row:
+        return str(row["name"])
+    level = f"level {row['variant']}" if row["format"] == "onnx" else row["variant"]
+    return f"{row['format']} {level}".strip()
+
+
+def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key == "bit_exact":
+        return f"{value} of {row['quantized_tensors']}"
+    if key == "greedy_match":
+        return f"{value[0]}/{value[1]}"
+    return format(100 * value if key == "top1" else value, form)

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 from exporters.card import update_parity
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
-from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_parity, run_parity
+from runtime_tests.parity import ParityOptions, Progress, assert_parity, run_parity
 from runtime_tests.report import markdown, table, write_report
 from runtime_tests.targets import detect
 
@@ -38,14 +38,15 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
     )
     with progress_bars() as progress:
         report = run_parity(checkpoint.path, targets, windows, options, progress)
+    content = report.to_dict()
     if arguments["report"]:
-        write_report(report, arguments["report"])
+        write_report(content, arguments["report"])
     if arguments["card"]:
-        update_cards(report)
+        update_cards(content)
     if show_table:
-        Console(width=None).print(table(report))
+        Console().print(table(content))
     assert_parity(report)
-    return report.to_dict()
+    return content
 
 
 def read_windows(checkpoint: Path, text_file: Path, count: int, window: int) -> tuple[list[list[int]], list[int]]:
@@ -63,10 +64,11 @@ def read_windows(checkpoint: Path, text_file: Path, count: int, window: int) -> 
     return windows, windows[0][: min(32, window // 2)]
 
 
-def update_cards(report: ParityReport) -> None:
+def update_cards(report: dict[str, Any]) -> None:
     """Write each export's own rows into its model card."""
-    for folder in dict.fromkeys(row.target.folder for row in report.rows):
-        update_parity(folder, markdown(report, tuple(row for row in report.rows if row.target.folder == folder)))
+    for folder in dict.fromkeys(row["folder"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["folder"] == folder]
+        update_parity(Path(folder), markdown(report, rows))
 
 
 @contextmanager

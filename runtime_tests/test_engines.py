@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from l4q.config import QuantConfig
+from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from runtime_tests.engines.host import PROJECT, EngineError, RemoteEngine
 from runtime_tests.tiny_llama import tiny_checkpoint, tiny_llama
@@ -62,7 +62,8 @@ class Engine:
         return [np.int64(t) for t in token_ids][:max_new_tokens], np.float32(0.5)
 
     def info(self):
-        return {"model": self.model, "pid": os.getpid(), "child": self.child.pid, "env": dict(os.environ), **self.options}
+        facts = {"model": self.model, "pid": os.getpid(), "child": self.child.pid, "env": dict(os.environ)}
+        return {**facts, **self.options}
 
     def close(self):
         open(self.options["closed"], "w").close() if "closed" in self.options else None
@@ -147,7 +148,7 @@ def test_an_engine_error_is_reported_and_survived(engine: RemoteEngine) -> None:
 
 
 def test_one_process_serves_several_models(engine: RemoteEngine, tmp_path: Path) -> None:
-    """reload closes the old model first, keeps the process and survives a model that does not load."""
+    """A reload closes the old model first, keeps the process and survives a model that does not load."""
     pid, closed = engine.info()["pid"], tmp_path / "closed"
     engine.reload(tmp_path / "second", closed=str(closed))
     assert not closed.exists()
@@ -162,7 +163,7 @@ def test_one_process_serves_several_models(engine: RemoteEngine, tmp_path: Path)
 
 
 def test_close_ends_the_process_group(puppet: str, tmp_path: Path) -> None:
-    """close lets the engine close, kills what it started, removes the scratch folder and may be repeated."""
+    """Closing lets the engine close, kills what it started, removes the scratch folder and may be repeated."""
     closed = tmp_path / "closed"
     remote = RemoteEngine(puppet, tmp_path, timeout_s=5, closed=str(closed))
     facts = remote.info()
@@ -202,12 +203,12 @@ def test_interrupting_the_parent_ends_the_worker(engine: RemoteEngine) -> None:
 
 
 def test_an_orphan_ends_itself(puppet: str, tmp_path: Path) -> None:
-    """A worker whose parent is killed in mid-computation ends with its children."""
+    """A worker whose parent is killed in mid-computation ends with its children and its scratch folder."""
     code = (
         "import json, sys\n"
         "from runtime_tests.engines.host import RemoteEngine\n"
         f"engine = RemoteEngine({puppet!r}, {str(tmp_path)!r}, timeout_s=60)\n"
-        "print(json.dumps(engine.info()), flush=True)\n"
+        "print(json.dumps({**engine.info(), 'scratch': str(engine._scratch)}), flush=True)\n"
         "engine.prompt_logprobs([3])\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=PROJECT) as parent:
@@ -216,6 +217,7 @@ def test_an_orphan_ends_itself(puppet: str, tmp_path: Path) -> None:
         assert is_running(facts["pid"])
         parent.kill()
     assert wait_gone(facts["pid"], facts["child"])
+    assert not Path(facts["scratch"]).exists()
 
 
 def test_the_worker_sees_a_minimal_environment(puppet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +242,7 @@ TOKENS = [1, 17, 300, 5, 5, 88, 231, 9]
 
 
 def reference_logprobs(folder: Path, tokens: list[int]) -> np.ndarray:
-    """transformers' own forward in this process, float32."""
+    """The logprobs of transformers' own forward in this process, float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         return torch.log_softmax(model(torch.tensor([tokens])).logits[0], dim=-1).numpy()
@@ -270,7 +272,9 @@ def test_oracle_equals_transformers_on_a_plain_model(oracle: RemoteEngine, tmp_p
 
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_oracle_uses_the_dequantized_weights(oracle: RemoteEngine, tmp_path: Path, zero_point: str, tied: bool) -> None:
+def test_oracle_uses_the_dequantized_weights(
+    oracle: RemoteEngine, tmp_path: Path, zero_point: ZeroPoint, tied: bool
+) -> None:
     """An L4Q checkpoint gives the logprobs of a plain model holding dequantize(), and one changed code shows."""
     checkpoint = tiny_checkpoint(tmp_path, QuantConfig(zero_point=zero_point), tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)

@@ -17,7 +17,7 @@ from exporters.gptq.plan import module_nbytes
 from exporters.gptq.write import write
 from exporters.plan import ExportOptions, ExportPlan, Fidelity
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
-from l4q.config import QuantConfig
+from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UnsupportedError, UsageError, VerificationError
 from runtime_tests.tiny_llama import export_gptq, random_weight, tiny_checkpoint
 
@@ -40,7 +40,7 @@ def wrong_modules(checkpoint: L4QCheckpoint, folder: Path) -> list[str]:
 @pytest.mark.parametrize("gptq_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize(("zero_point", "group_size"), [("none", 64), ("integer", 32), ("none", -1), ("integer", -1)])
 def test_foreign_decoder_returns_the_checkpoint(
-    tmp_path: Path, zero_point: str, group_size: int, gptq_format: str
+    tmp_path: Path, zero_point: ZeroPoint, group_size: int, gptq_format: str
 ) -> None:
     """compressed-tensors' decoder reads every module bit for bit, in both zero-point conventions."""
     checkpoint = tiny_checkpoint(tmp_path, QuantConfig(zero_point=zero_point, group_size=group_size))
@@ -150,7 +150,7 @@ def test_asymmetric_v1_names_a_producer_gptqmodel_accepts(tmp_path: Path) -> Non
 
 
 def test_plan_counts_the_bytes_that_are_written(tmp_path: Path) -> None:
-    """nbytes and the tensor set of the plan equal the file's; dense casts are told apart from exact tensors."""
+    """The bytes and the tensor set of the plan equal the file's; dense casts are told apart from exact tensors."""
     checkpoint = tiny_checkpoint(tmp_path, QuantConfig(zero_point="integer"))
     plan = export_gptq(checkpoint, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -172,10 +172,11 @@ def test_float32_keeps_dense_tensors_exact(tmp_path: Path) -> None:
 
 
 def test_shards_are_filled_and_indexed(tmp_path: Path) -> None:
-    """Small shards give several non-empty files and an index that names each tensor once; a huge tensor stands alone."""
+    """Small shards give several non-empty files and an index naming each tensor once; a huge tensor stands alone."""
     checkpoint = tiny_checkpoint(tmp_path, QuantConfig())
     options = ExportOptions()
-    plan, folder, seen = gptq.plan(checkpoint, options), tmp_path / "out", []
+    plan, folder = gptq.plan(checkpoint, options), tmp_path / "out"
+    seen: list[str] = []
     folder.mkdir()
     write(checkpoint, plan, folder, options, seen.append, max_shard_bytes=9_000)
     files = sorted(folder.glob("*.safetensors"))
@@ -211,7 +212,7 @@ def support(plan: ExportPlan, runtime: str) -> tuple[bool, str]:
 def test_plan_says_whether_vllm_loads_it(
     tmp_path: Path, grid: dict[str, Any], changes: dict[str, Any], expected: tuple[bool, str]
 ) -> None:
-    """vLLM's restrictions are known before anything is written; GPTQModel takes all of these."""
+    """The restrictions of vLLM are known before anything is written; GPTQModel takes all of these."""
     plan = gptq.plan(tiny_checkpoint(tmp_path, QuantConfig(**grid), **changes), ExportOptions())
     assert support(plan, "vLLM") == expected
     assert support(plan, "GPTQModel")[0]
@@ -222,7 +223,7 @@ def test_dense_linears_are_skipped_by_name(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path, QuantConfig(), dense_linears=["o_proj"])
     export_gptq(checkpoint, tmp_path / "out")
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    skipped = {rf"-:^model\.layers\.{layer}\.self_attn\.o_proj$": {} for layer in (0, 1)}
+    skipped: dict[str, Any] = {rf"-:^model\.layers\.{layer}\.self_attn\.o_proj$": {} for layer in (0, 1)}
     assert section["dynamic"] == skipped
 
 

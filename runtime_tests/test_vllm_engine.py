@@ -53,7 +53,7 @@ def vllm(started: tuple[RemoteEngine, np.ndarray]) -> RemoteEngine:
 
 @pytest.fixture(scope="module")
 def served(started: tuple[RemoteEngine, np.ndarray]) -> np.ndarray:
-    """vLLM's full rows for TOKENS on the export."""
+    """The full rows of vLLM for TOKENS on the export."""
     return started[1]
 
 
@@ -87,7 +87,7 @@ def test_rows_are_distributions_and_agree_with_vllms_own_numbers(vllm: RemoteEng
 
 
 def test_vllm_agrees_with_the_oracle(served: np.ndarray, expected: np.ndarray) -> None:
-    """vLLM on the exported integers stays within float16 noise of torch on the dequantized checkpoint."""
+    """The exported integers in vLLM stay within float16 noise of torch on the dequantized checkpoint."""
     assert np.abs(served - expected).mean() < MEAN_TOLERANCE
 
 

@@ -21,7 +21,7 @@ from l4q.weight import QuantizedWeight
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def random_weight(shape: tuple[int, int], quant: QuantConfig, seed: int) -> QuantizedWeight:
+def random_weight(shape: tuple[int, ...], quant: QuantConfig, seed: int) -> QuantizedWeight:
     """Codes and zero-points over their whole range, scales around 0.01."""
     rng = np.random.default_rng(seed)
     group_size = quant.resolve_group_size(shape[1])

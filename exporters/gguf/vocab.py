@@ -72,7 +72,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         return _byte_level(folder, tokenizer, steps, vocab_size)
     if model.get("byte_fallback"):
         return _sentencepiece(folder, tokenizer, vocab_size)
-    # Its SentencePiece gives the right ids inside such an alphabet, and ends the process at the first character outside.
+    # Its SentencePiece gives the right ids inside the alphabet and ends the process at the first character outside.
     return _ids_only("llama.cpp cannot run a character BPE without byte fallback")
 
 

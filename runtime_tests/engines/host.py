@@ -116,7 +116,7 @@ class RemoteEngine:
         self._buffer = b""
         with open(self._scratch / "stderr.log", "wb") as log:
             self._process = subprocess.Popen(
-                [python or sys.executable, str(HERE / "worker.py")],
+                [python or sys.executable, str(HERE / "worker.py"), str(self._scratch)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

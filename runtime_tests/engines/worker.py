@@ -8,7 +8,8 @@
 
 The file runs as a script, without the project being importable, and uses the standard library and numpy only. Replies
 leave through a private copy of fd 1; fd 1 itself then points at stderr, so that nothing an engine prints, from Python
-or from C, can land in the stream. End of input means that the parent is gone: the whole process group ends at once.
+or from C, can land in the stream. End of input means that the parent is gone: its scratch folder
+(the only argument) is removed and the whole process group ends at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -70,7 +72,7 @@ def main() -> None:
     """Answer requests until one says close or the parent goes away."""
     replies = _take_stdout()
     requests: queue.Queue[bytes] = queue.Queue()
-    threading.Thread(target=_read_requests, args=(_take_stdin(), requests), daemon=True).start()
+    threading.Thread(target=_read_requests, args=(_take_stdin(), requests, sys.argv[1]), daemon=True).start()
     session = Session()
     operations: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "load": session.load,
@@ -107,10 +109,11 @@ def _take_stdin() -> BinaryIO:
     return private
 
 
-def _read_requests(stream: BinaryIO, requests: queue.Queue[bytes]) -> None:
+def _read_requests(stream: BinaryIO, requests: queue.Queue[bytes], scratch: str) -> None:
     for line in stream:
         requests.put(line)
     # Also reached while the main thread computes or hangs. The parent starts this process as its own group's leader.
+    shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
