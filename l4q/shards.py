@@ -127,13 +127,30 @@ class ShardWriter:
     def _flush(self) -> None:
         from safetensors.torch import save_file
 
-        save_file(self._tensors, self._part(len(self._shards)), metadata={"format": "pt", **self._metadata})
+        part = self._part(len(self._shards))
+        save_file(self._tensors, part, metadata={"format": "pt", **self._metadata})
+        sort_metadata(part)
+        part.chmod(0o644)  # save_file leaves 0600
         self._shards.append(list(self._tensors))
         self._total += self._bytes
         self._tensors, self._metadata, self._bytes = {}, {}, 0
 
     def _part(self, number: int) -> Path:
         return self._folder / f".shard-{number:05d}.part"
+
+
+def sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata keys in order, in place.
+
+    The library writes them in the order of a randomly seeded hash map, so equal content would give unequal bytes.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(ordered.ljust(size))  # the format pads headers with spaces
 
 
 def _read_index(folder: Path) -> dict[str, str]:
