@@ -1,6 +1,6 @@
 """`make demo`: train SmolLM2-135M-Instruct at 4 bits, export it to three formats, run each in its own runtime.
 
-Everything goes through the commands a user would type; the only thing added here are two baselines (the 16-bit model and
+Everything goes through the commands a user would type; added here are only two baselines (the 16-bit model, and
 round-to-nearest on the same grid) and the closing table. A second run reuses whatever is complete.
 """
 
