@@ -20,7 +20,7 @@ from exporters.card import PARITY_BEGIN, update_parity
 from exporters.cli import FORMATS, command
 from exporters.export import EXPORTERS, export, get_exporter, make_plan
 from exporters.manifest import read_manifest
-from exporters.plan import ExportOptions
+from exporters.plan import Exporter, ExportOptions
 from exporters.verify import compare_bits, verify
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig
@@ -66,33 +66,70 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def flip_byte(path: Path, at: float) -> None:
-    """Invert the low bit of one byte, at a fraction of the file's size."""
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * at)] ^= 1
-    path.write_bytes(bytes(content))
+def gptq_parts(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Where the parts of one module start, from the safetensors header."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    stem = "model.layers.1.mlp.up_proj"
+    parts = ("qweight", "qzeros", "scales")
+    return {part: (path, 8 + size + header[f"{stem}.{part}"]["data_offsets"][0]) for part in parts}
 
 
-WEIGHT_FILE = {"gptq": "model.safetensors", "gguf": "*.gguf", "onnx": "model.onnx.data"}
+def gguf_parts(folder: Path) -> dict[str, tuple[Path, int]]:
+    """A block's scale (first byte) and last nibbles, at the offset gguf's own reader reports."""
+    from gguf import GGUFReader
+
+    path = next(folder.glob("*.gguf"))
+    tensor = next(t for t in GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
+    return {"scale": (path, tensor.data_offset), "nibble": (path, tensor.data_offset + tensor.n_bytes - 1)}
+
+
+def onnx_parts(folder: Path) -> dict[str, tuple[Path, int]]:
+    """The external data of one DequantizeLinear node's constants, where the model file says it is."""
+    import onnx
+
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and "1.mlp.up_proj" in n.input[0])
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    parts = {}
+    for part, name in zip(("codes", "scale", "zero"), node.input, strict=False):
+        entries = {entry.key: entry.value for entry in constants[name].external_data}
+        if "offset" in entries:
+            parts[part] = (folder / entries["location"], int(entries["offset"]))
+    return parts
+
+
+PARTS = {"gptq": gptq_parts, "gguf": gguf_parts, "onnx": onnx_parts}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_verification_notices_one_flipped_bit(name: str, checkpoint: L4QCheckpoint, tmp_path: Path) -> None:
-    """The twin: one changed bit anywhere in the packed part of the file is found and located."""
+    """The twin: one changed bit in codes, scale or zero-point of one module is found and the module named."""
     folder = export(checkpoint, name, tmp_path / name).folder
     exporter = get_exporter(name)
-    clean = verify(checkpoint, exporter, folder)
-    assert clean.passed
-    path = next(folder.glob(WEIGHT_FILE[name]))
-    pristine = path.read_bytes()
-    noticed = 0
-    for at in np.linspace(0.55, 0.95, 5):
+    assert verify(checkpoint, exporter, folder).passed
+    parts = PARTS[name](folder)
+    assert len(parts) >= 2
+    for part, (path, offset) in parts.items():
+        pristine = path.read_bytes()
+        content = bytearray(pristine)
+        content[offset] ^= 1
+        path.write_bytes(bytes(content))
+        assert "model.layers.1.mlp.up_proj" in complaint(checkpoint, exporter, folder), part
         path.write_bytes(pristine)
-        flip_byte(path, float(at))
+    assert verify(checkpoint, exporter, folder).passed
+
+
+def complaint(checkpoint: L4QCheckpoint, exporter: Exporter, folder: Path) -> str:
+    """What verification says of a damaged folder: one differing module, or a decoder's refusal."""
+    try:
         report = verify(checkpoint, exporter, folder)
-        noticed += not report.passed
-    # GPTQ's g_idx and dense tensors are not weights: a flip there changes nothing that is decoded.
-    assert noticed >= 3
+    except VerificationError as error:
+        return str(error)
+    assert (report.exact, len(report.differing)) == (13, 1)
+    return report.differing[0]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -195,7 +232,7 @@ def test_cli_exports_and_reports(checkpoint: L4QCheckpoint, tmp_path: Path) -> N
 def test_cli_dry_run_writes_nothing(checkpoint: L4QCheckpoint, tmp_path: Path) -> None:
     """--dry-run prints per tensor what would be written, and which runtimes would load it."""
     arguments = [str(checkpoint.path), "--to", "gptq", "--to", "onnx", "--out", str(tmp_path / "out"), "--dry-run"]
-    plain = CliRunner().invoke(command, arguments)
+    plain = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
     assert plain.exit_code == 0
     assert "model.layers.*.self_attn.q_proj" in plain.output
     assert "vLLM" in plain.output
@@ -276,18 +313,18 @@ def test_compare_bits_sees_what_equality_does_not() -> None:
     zeros = np.zeros((2, 2), np.float32)
     assert compare_bits(zeros, zeros) is None
     assert "1 of 4" in str(compare_bits(np.array([[0, -0.0], [0, 0]], np.float32), zeros))
-    assert "float64" in str(compare_bits(zeros.astype(np.float64), zeros))  # type: ignore[arg-type]
+    assert "float64" in str(compare_bits(zeros.astype(np.float64), zeros))
 
 
 def test_card_section_is_replaced(checkpoint: L4QCheckpoint, tmp_path: Path) -> None:
     """Measured parity replaces the placeholder once, again when measured again, and nothing else changes."""
     folder = export(checkpoint, "gptq", tmp_path / "gptq").folder
     before = (folder / "README.md").read_text()
-    assert update_parity(folder, "first")
-    assert update_parity(folder, "second")
+    assert update_parity(folder, "run one")
+    assert update_parity(folder, "run two")
     after = (folder / "README.md").read_text()
-    assert "second" in after
-    assert "first" not in after
+    assert "run two" in after
+    assert "run one" not in after
     assert after.split(PARITY_BEGIN)[0] == before.split(PARITY_BEGIN)[0]
     (folder / "README.md").write_text("a card of someone else")
     assert not update_parity(folder, "third")

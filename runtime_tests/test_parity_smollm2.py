@@ -27,7 +27,7 @@ from runtime_tests.targets import detect
 pytestmark = pytest.mark.slow_engine
 
 WINDOWS, WINDOW = 2, 256
-F32_KV = {"kv": "f32", "flash_attn": False}
+F32_KV: dict[str, Any] = {"kv": "f32", "flash_attn": False}
 
 # zero_point -> (folder name, format, options). vLLM's GPTQ loader takes symmetric weights only: no run of "integer".
 EXPORTS: dict[str, tuple[tuple[str, str, ExportOptions], ...]] = {
@@ -195,7 +195,7 @@ def damaged(source: L4QCheckpoint, module: str, damage: str) -> Any:
 
 def test_reports_and_cards_carry_the_figures(suite: Suite) -> None:
     """Table, Markdown and model card show the measured numbers of the run."""
-    report = {
+    report: dict[str, Any] = {
         "tokens": suite.oracle.stats.tokens,
         "oracle": {"perplexity": suite.oracle.stats.oracle_perplexity, "tokens_per_s": suite.oracle.tokens_per_s},
         "rows": [row.to_dict() for row in suite.rows.values()],

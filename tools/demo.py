@@ -25,7 +25,7 @@ OUT = PROJECT / "build" / "demo"
 TRAIN_TEXT = ASSETS / "text" / "train.txt"
 HELD_OUT = ASSETS / "text" / "wiki_demo.txt"
 FORMATS = ("gptq", "gguf", "onnx")
-GRID = {"bits": 4, "group_size": 64, "zero_point": "none"}
+GRID: dict[str, Any] = {"bits": 4, "group_size": 64, "zero_point": "none"}
 WINDOWS, WINDOW = 4, 512
 
 console = Console()

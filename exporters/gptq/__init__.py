@@ -11,8 +11,6 @@ __all__ = ["plan", "read_back", "usage", "write"]
 def usage() -> str:
     """Markdown for the model card: serving with vLLM and loading with transformers."""
     return """\
-## Usage
-
 vLLM (symmetric checkpoints, `"sym": true` in config.json):
 
 ```sh
