@@ -18,7 +18,7 @@ from l4q.errors import VerificationError
 from runtime_tests.compare import LogprobComparison, ParityStats
 from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.host import RemoteEngine
-from runtime_tests.llama_quantize import llama_quantize
+from runtime_tests.gguf_requantize import requantize
 from runtime_tests.parity import Oracle, ParityOptions, ParityRow, assert_parity, run_oracle, run_parity, run_target
 from runtime_tests.report import markdown, report_rows
 from runtime_tests.run import read_windows, update_cards
@@ -128,7 +128,7 @@ def test_gguf_noise_is_llama_cpps_own(suite: Suite, smollm2_dir: Path, tmp_path:
         float_folder = export(suite.checkpoint, "gguf", tmp_path / "f32", ExportOptions(gguf_type="F32")).folder
     own = tmp_path / "own"
     own.mkdir()
-    llama_quantize(next(float_folder.glob("*.gguf")), own / f"own-{kind}.gguf", kind)
+    assert requantize(next(float_folder.glob("*.gguf")), own / f"own-{kind}.gguf", kind) == 210
     own_kl = own_noise(own, smollm2_dir, suite.windows)
     assert figures(suite.rows["gguf"]).kl <= 1.3 * own_kl
 
