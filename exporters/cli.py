@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from l4q.cli_common import run
+from l4q.cli_common import SpreadCommand, run
 
 # Names only: the packages behind them load when a format is chosen, so that --help stays quick.
 FORMATS = ("gptq", "gguf", "onnx")
@@ -16,11 +16,12 @@ FORMATS = ("gptq", "gguf", "onnx")
 
 @click.command(
     name="export",
-    epilog="Example: l4q-export RUN/checkpoint --to gptq --to gguf --to onnx --out exports",
+    cls=SpreadCommand,
+    epilog="Example: l4q-export RUN/checkpoint --to gptq gguf onnx --out exports",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "formats", multiple=True, required=True, type=click.Choice(FORMATS), help="Format; repeatable.")
+@click.option("--to", "formats", multiple=True, required=True, type=click.Choice(FORMATS), help="One or more formats.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; each format gets a folder inside.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read back with foreign decoders.")

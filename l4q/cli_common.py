@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -11,6 +12,36 @@ import click
 from l4q.errors import L4QError
 
 INTERRUPTED = 130
+
+
+class SpreadCommand(click.Command):
+    """A command whose repeatable options also take several values at once: `--to gptq gguf` is `--to gptq --to gguf`.
+
+    Only words that the option accepts belong to it (a choice it offers, or a file that exists), so that an argument
+    after them is not swallowed.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the option's name before each further value, then parse as usual."""
+        spread = {name: p for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
+        words: list[str] = []
+        current: str | None = None
+        for word in args:
+            if word.startswith("-"):
+                current = word if word in spread else None
+            elif current is not None and words[-1] != current:
+                if _accepts(spread[current], word):
+                    words.append(current)
+                else:
+                    current = None
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def _accepts(option: click.Option, word: str) -> bool:
+    if isinstance(option.type, click.Choice):
+        return word in option.type.choices
+    return isinstance(option.type, click.Path) and Path(word).is_file()
 
 
 def run(command: click.Command) -> NoReturn:

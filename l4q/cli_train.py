@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from l4q.cli_common import run
+from l4q.cli_common import SpreadCommand, run
 from l4q.config import SUPPORTED_BITS, LoraConfig, QuantConfig, ScaleGrid, ZeroPoint
 from l4q.train_options import EvalOptions, OptimOptions, TrainDtype, TrainOptions
 
@@ -21,9 +21,9 @@ RESULT_LINES = {
 }
 
 
-@click.command(name="train", context_settings={"show_default": True})
+@click.command(name="train", cls=SpreadCommand, context_settings={"show_default": True})
 @click.argument("model")
-@click.option("--data", type=FILE, multiple=True, required=True, help=".txt, .jsonl or .json; repeatable.")
+@click.option("--data", type=FILE, multiple=True, required=True, help="One or more .txt, .jsonl or .json files.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; RUN/checkpoint is the result.")
 @click.option("--bits", type=click.Choice([str(bits) for bits in SUPPORTED_BITS]), default="4", help="Bits per weight.")
 @click.option("--group-size", type=int, default=64, help="Columns that share a scale; -1 = one group per row.")

@@ -221,7 +221,7 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_cli_exports_and_reports(checkpoint: L4QCheckpoint, tmp_path: Path) -> None:
     """Exit code 0, one folder per format, the result as JSON on stdout and nothing else there."""
-    finished = run_cli(checkpoint.path, "--to", "gptq", "--to", "gguf", "--out", tmp_path / "out", "--json")
+    finished = run_cli("--to", "gptq", "gguf", checkpoint.path, "--out", tmp_path / "out", "--json")
     assert finished.returncode == 0, finished.stderr
     summary = json.loads(finished.stdout)
     assert set(summary) == {"gptq", "gguf"}
