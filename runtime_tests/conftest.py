@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import l4q_layers, save_l4q, wrap_linears
 
 ASSETS = Path(__file__).resolve().parent.parent / "build" / "assets"
+
+# Examples are timed against no clock: a busy machine is not a defect. Failures repeat, because examples are derived.
+settings.register_profile("l4q", deadline=None, derandomize=True)
+settings.load_profile("l4q")
 
 CheckpointMaker = Callable[..., Path]
 
