@@ -69,7 +69,7 @@ format: venv ## repair what ruff can repair
 
 test: assets lint ## lint, then every test, with the real runtimes
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest # idle threads sleep: spinning ones starve a busy machine
 
 demo: assets ## train, export and compare on SmolLM2-135M-Instruct; results in build/demo
 	@$(BIN)/python -m tools.demo
