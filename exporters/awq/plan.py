@@ -40,7 +40,11 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         notes.append(f"On a GPU vLLM's fastest kernels take group sizes {VLLM_FAST_GROUPS}; {group_size} runs slower.")
     problem = vllm_problems(checkpoint, options)
     fits = group_size in GPTQMODEL_GROUP_SIZES
-    through = "through gptqmodel" if fits else f"gptqmodel's AWQ takes group sizes {GPTQMODEL_GROUP_SIZES}"
+    through = (
+        "through gptqmodel, as its source says; not run by our tests"
+        if fits
+        else f"gptqmodel's AWQ takes group sizes {GPTQMODEL_GROUP_SIZES}"
+    )
     return ExportPlan(
         format="awq",
         tensors=(*quantized, *dense),

@@ -21,6 +21,7 @@ from exporters.words import run_length
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 
 LABEL = "compressed-tensors"
+_TRANSFORMERS = "through compressed-tensors, which unpacks the weights: exact with dtype float32, else rounded"
 SHAPE_BYTES = 16
 """weight_shape, int64 [2]."""
 
@@ -68,9 +69,6 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         runtimes=(_vllm(checkpoint, options), RuntimeSupport(runtime="transformers", loads=True, reason=_TRANSFORMERS)),
         notes=tuple(notes),
     )
-
-
-_TRANSFORMERS = "through compressed-tensors, which unpacks the weights to float"
 
 
 def scheme_of(checkpoint: L4QCheckpoint, module: str) -> Scheme:
