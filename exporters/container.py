@@ -70,6 +70,13 @@ def describe(bits: int, width: int) -> str:
     return f"int{bits}" if bits == width else f"int{bits} in {width}-bit fields"
 
 
+def why_exact(bits: int, width: int) -> str:
+    """A plan's reason for calling such a tensor exact."""
+    if bits == width:
+        return "codes, zero-points and fp16 scales are stored as they are"
+    return f"{width}-bit fields hold every {bits}-bit code; fp16 scales are stored as they are"
+
+
 def container_notes(checkpoint: L4QCheckpoint, width: int) -> tuple[str, ...]:
     """One line on the price of the container, or nothing if the codes have its width."""
     narrow = sorted({checkpoint.info(module).bits for module in checkpoint.modules} - {width})

@@ -132,19 +132,32 @@ def test_zero_points_off_by_one_are_noticed(served: Served) -> None:
     assert failed(expected, rows, "compressed-tensors")
 
 
-def test_several_schemes_and_dense_linears_in_one_model(served: Served) -> None:
+@pytest.fixture(scope="module")
+def partly(served: Served) -> L4QCheckpoint:
+    """A symmetric checkpoint whose o_proj stayed dense."""
+    return tiny_checkpoint(served.base / "partly", QuantConfig(), dense_linears=["o_proj"])
+
+
+def test_awq_leaves_dense_linears_alone(served: Served, partly: L4QCheckpoint) -> None:
+    """The names in modules_to_not_convert are the ones vLLM skips: 6 of 8 linears run the int4 kernel."""
+    folder = export(partly, "awq", served.base / "partly awq").folder
+    rows = served.rows("vllm", folder)
+    assert '"CPUWNA16LinearKernel": 6' in str(served.info()["kernels"])
+    assert failed(served.rows("torch", partly.path), rows, "awq") == []
+
+
+def test_several_schemes_and_dense_linears_in_one_model(served: Served, partly: L4QCheckpoint) -> None:
     """down_proj asymmetric in groups of 32, the rest symmetric in 64, o_proj dense: compressed-tensors serves it."""
-    source = tiny_checkpoint(served.base / "mixed source", QuantConfig(), dense_linears=["o_proj"])
-    weights = {module: source.quantized(module) for module in source.modules}
+    weights = {module: partly.quantized(module) for module in partly.modules}
     for module in [name for name in weights if name.endswith("down_proj")]:
         finer = QuantConfig(group_size=32, zero_point="integer")
         weights[module] = random_weight(weights[module].shape, finer, 7)
     save_checkpoint(
         served.base / "mixed",
-        config=source.config,
+        config=partly.config,
         weights=weights.items(),
-        dense=[(name, source.dense(name)) for name in source.dense_names],
-        quant=source.quant,
+        dense=[(name, partly.dense(name)) for name in partly.dense_names],
+        quant=partly.quant,
         modules_to_not_convert=[f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)],
     )
     mixed = L4QCheckpoint.open(served.base / "mixed")

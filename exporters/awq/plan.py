@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporters.awq.pack import BITS, PER_WORD
-from exporters.container import container_bits, container_notes, describe
+from exporters.container import container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
     VLLM_FAST_GROUPS,
     dense_notes,
@@ -70,7 +70,7 @@ def _plan_module(module: str, info: WeightInfo, width: int) -> PlannedTensor:
         shape=(info.out_features, info.in_features),
         nbytes=module_nbytes(info),
         fidelity=Fidelity.EXACT,
-        reason="codes, zero-points and fp16 scales are stored as they are",
+        reason=why_exact(info.bits, width),
         quantized=True,
     )
 
