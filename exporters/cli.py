@@ -11,7 +11,7 @@ import click
 from l4q.cli_common import SpreadCommand, run
 
 # Names only: the packages behind them load when a format is chosen, so that --help stays quick.
-FORMATS = ("gptq", "gguf", "onnx")
+FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 
 
 @click.command(
@@ -32,6 +32,14 @@ FORMATS = ("gptq", "gguf", "onnx")
     "--gguf-type", type=click.Choice(["auto", "Q4_0", "Q4_1", "Q5_0", "F32"]), default="auto", show_default=True
 )
 @click.option(
+    "--gguf-embeddings", type=click.Choice(["stored", "f16", "q8_0"]), default="stored", show_default=True,
+    help="Dense embedding and output matrices; f16 and q8_0 round them.",
+)  # fmt: skip
+@click.option(
+    "--onnx-scales", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+    help="Stored scales; both are exact.",
+)  # fmt: skip
+@click.option(
     "--onnx-block-size", type=int, default=None, help="Finer DequantizeLinear blocks (a power of two, 16-256)."
 )
 @click.option(
@@ -39,7 +47,11 @@ FORMATS = ("gptq", "gguf", "onnx")
 )
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,
-    help="Dense tensors of GPTQ.",
+    help="Dense tensors of GPTQ, AWQ and compressed-tensors.",
+)  # fmt: skip
+@click.option(
+    "--container-bits", type=int, default=None,
+    help="Bits per stored code in GPTQ, AWQ and compressed-tensors; 4 unless given, which is what vLLM runs.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:

@@ -19,6 +19,8 @@ from l4q.files import refuse_existing, staged_folder
 # format name -> package with plan, write, read_back and usage; imported only when that format is asked for
 EXPORTERS = {
     "gptq": "exporters.gptq",
+    "awq": "exporters.awq",
+    "compressed-tensors": "exporters.compressed_tensors",
     "gguf": "exporters.gguf",
     "onnx": "exporters.onnx",
 }

@@ -16,6 +16,8 @@ from l4q.errors import UsageError
 
 GptqFormat = Literal["gptq", "gptq_v2"]
 GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "F32"]
+GgufEmbeddings = Literal["stored", "f16", "q8_0"]
+OnnxScales = Literal["float32", "float16"]
 DenseDtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -99,12 +101,18 @@ class ExportOptions:
     """Stored zero-points: "gptq" (v1) holds z - 1, "gptq_v2" holds z."""
     gguf_type: GgufType = "auto"
     """Block type of quantized tensors; "F32" writes dequantized weights, for parity checks."""
+    gguf_embeddings: GgufEmbeddings = "stored"
+    """Dense embedding and output matrices of GGUF: "stored" keeps their dtype, the others round."""
     onnx_block_size: int | None = None
     """Columns per DequantizeLinear block; None takes the largest that fits the group."""
+    onnx_scales: OnnxScales = "float32"
+    """Stored scales of ONNX; "float16" is as exact, smaller, and goes through a Cast that runtimes fold."""
     onnx_accuracy_level: int = 0
     """ONNX Runtime's MatMulNBits accuracy level recorded in the folder: 0 float32, 4 int8 activations."""
     dtype: DenseDtype = "float16"
-    """Dtype of GPTQ's dense tensors and of the serving config."""
+    """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
+    container_bits: int | None = None
+    """Bits per stored code in GPTQ, AWQ and compressed-tensors; None takes 4, for which vLLM has kernels everywhere."""
     allow_rounding: bool = False
     """Write a format that cannot hold the trained values exactly, rounding them."""
 
@@ -112,6 +120,8 @@ class ExportOptions:
         choices = {
             "gptq_format": (self.gptq_format, get_args(GptqFormat)),
             "gguf_type": (self.gguf_type, get_args(GgufType)),
+            "gguf_embeddings": (self.gguf_embeddings, get_args(GgufEmbeddings)),
+            "onnx_scales": (self.onnx_scales, get_args(OnnxScales)),
             "onnx_accuracy_level": (self.onnx_accuracy_level, (0, 1, 2, 3, 4)),
             "dtype": (self.dtype, get_args(DenseDtype)),
         }

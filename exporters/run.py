@@ -14,7 +14,17 @@ from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
 from l4q.files import refuse_existing
 
-_OPTIONS = ("gptq_format", "gguf_type", "onnx_block_size", "onnx_accuracy_level", "dtype", "allow_rounding")
+_OPTIONS = (
+    "gptq_format",
+    "gguf_type",
+    "gguf_embeddings",
+    "onnx_scales",
+    "onnx_block_size",
+    "onnx_accuracy_level",
+    "dtype",
+    "container_bits",
+    "allow_rounding",
+)
 
 
 def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, Any]:

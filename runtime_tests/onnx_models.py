@@ -13,9 +13,11 @@ import torch
 
 import exporters.onnx as onnx_exporter
 from exporters.plan import ExportOptions
-from l4q.checkpoint import L4QCheckpoint, save_checkpoint
+from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig
 from l4q.weight import QuantizedWeight
+from runtime_tests import random_models
+from runtime_tests.random_models import build_model, dequantized_model, disturb_vectors, save_random
 
 # Uneven on purpose: 6 query heads on 2 key heads, head_dim 32 beside hidden / heads = 16, a vocabulary of 77.
 TINY: Mapping[str, Any] = {
@@ -81,49 +83,19 @@ CASES = {
 
 
 def random_weight(
-    shape: tuple[int, int], quant: QuantConfig, seed: int, *, group_size: int | None = None
+    shape: tuple[int, ...], quant: QuantConfig, seed: int, *, group_size: int | None = None
 ) -> QuantizedWeight:
     """Random codes, scales and zero-points on a grid, values of about 0.2; `group_size` replaces the grid's."""
-    generator = np.random.default_rng(seed)
-    rows, columns = shape
-    group_size = group_size or quant.resolve_group_size(columns)
-    grouped = (rows, columns // group_size)
-    top = (1 << quant.bits) - 1
-    zeros = generator.integers(1, top + 1, grouped, dtype=np.uint8) if quant.zero_point == "integer" else None
-    mins = generator.uniform(-0.5, -0.1, grouped).astype(np.float16) if quant.zero_point == "float" else None
-    return QuantizedWeight(
-        codes=generator.integers(0, top + 1, (rows, columns), dtype=np.uint8),
-        scales=generator.uniform(0.01, 0.08, grouped).astype(np.float16),
-        zeros=zeros,
-        mins=mins,
-        bits=quant.bits,
-        group_size=group_size,
+    return random_models.random_weight(
+        shape, quant, seed, group_size=group_size, scales=(0.01, 0.08), mins=(-0.5, -0.1)
     )
 
 
 def make_checkpoint(case: Case, folder: Path) -> L4QCheckpoint:
     """Save a tiny random model of the case with every layer linear quantized."""
-    model = _build(case.model_type, {**TINY, **case.changes})
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # no test passes because a bias or norm is all 0 or 1
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
-    weights = [
-        (name, random_weight((module.out_features, module.in_features), case.quant, seed))
-        for seed, (name, module) in enumerate(linears.items())
-    ]
-    skipped = {f"{name}.weight" for name in linears} | (
-        {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    )
-    dense = [(name, tensor) for name, tensor in model.state_dict().items() if name not in skipped]
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    save_checkpoint(folder, config=config, weights=weights, dense=dense, quant=case.quant)
-    return L4QCheckpoint.open(folder)
+    model = build_model(case.model_type, {**TINY, **case.changes})
+    disturb_vectors(model)
+    return save_random(model, folder, case.quant, lambda shape, seed: random_weight(shape, case.quant, seed))
 
 
 def export_onnx(checkpoint: L4QCheckpoint, folder: Path, **options: Any) -> Path:
@@ -136,16 +108,7 @@ def export_onnx(checkpoint: L4QCheckpoint, folder: Path, **options: Any) -> Path
 
 def torch_model(checkpoint: L4QCheckpoint, weights: Mapping[str, QuantizedWeight] | None = None) -> torch.nn.Module:
     """Transformers' model in float32 on the dequantized weights, some of them replaced."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    model = _build(config.pop("model_type"), config)
-    state = {name: checkpoint.dense(name).float() for name in checkpoint.dense_names}
-    for module in checkpoint.modules:
-        weight = (weights or {}).get(module) or checkpoint.quantized(module)
-        state[f"{module}.weight"] = torch.from_numpy(weight.dequantize())
-    lacking = set(model.load_state_dict(state, strict=False).missing_keys)
-    assert lacking <= {"lm_head.weight"}
-    assert bool(lacking) == model.config.tie_word_embeddings
-    model.tie_weights()
+    model: torch.nn.Module = dequantized_model(checkpoint, weights)
     return model
 
 
@@ -188,12 +151,3 @@ def corrupted(weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
         "scale": replace(weight, scales=scales),
         "row swap": replace(weight, codes=weight.codes[order]),
     }
-
-
-def _build(model_type: str, config: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values), attn_implementation="eager")
-    return model.float().eval()

@@ -12,6 +12,8 @@ from l4q.errors import UsageError
 
 # Weight files by suffix; everything else in a folder is configuration.
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data")
+# quant_method of config.json, which is the format's name -> engine
+ENGINE_OF_METHOD = {"gptq": "vllm", "awq": "vllm", "compressed-tensors": "vllm", "l4q": "torch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class ParityTarget:
     """One folder in one engine with one set of options."""
 
     format: str
-    """"gptq", "gguf", "onnx" or "l4q"."""
+    """A name of exporters.export.EXPORTERS, or "l4q"."""
     engine: str
     """A key of runtime_tests.engines.host.ENGINES."""
     variant: str
@@ -65,15 +67,15 @@ def detect(folder: str | Path) -> tuple[ParityTarget, ...]:
             ),
         )
     method = _quant_method(path)
-    if method == "gptq":
-        return (ParityTarget(format="gptq", engine="vllm", variant="", folder=path, bits_per_weight=bits),)
-    if method == "l4q":
-        return (ParityTarget(format="l4q", engine="torch", variant="", folder=path, bits_per_weight=bits),)
+    if method in ENGINE_OF_METHOD:
+        engine = ENGINE_OF_METHOD[method]
+        return (ParityTarget(format=method, engine=engine, variant="", folder=path, bits_per_weight=bits),)
     raise UsageError(
         "the folder is none of the formats l4q-parity runs",
         where=path,
         got=f"quant_method {method}",
-        expected=f"model.onnx, a .gguf file, or config.json with quant_method gptq or l4q ({MANIFEST_NAME} helps)",
+        expected="model.onnx, a .gguf file, or config.json with one of the quant_methods "
+        f"{sorted(ENGINE_OF_METHOD)} ({MANIFEST_NAME} helps)",
     )
 
 

@@ -66,15 +66,20 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def gptq_parts(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Where the parts of one module start, from the safetensors header."""
-    path = folder / "model.safetensors"
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    stem = "model.layers.1.mlp.up_proj"
-    parts = ("qweight", "qzeros", "scales")
-    return {part: (path, 8 + size + header[f"{stem}.{part}"]["data_offsets"][0]) for part in parts}
+def safetensors_parts(*parts: str) -> Callable[[Path], dict[str, tuple[Path, int]]]:
+    """Where the parts of one module start, from the safetensors header; a symmetric one lacks some."""
+
+    def find(folder: Path) -> dict[str, tuple[Path, int]]:
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        names = {part: f"model.layers.1.mlp.up_proj.{part}" for part in parts}
+        return {
+            part: (path, 8 + size + header[name]["data_offsets"][0]) for part, name in names.items() if name in header
+        }
+
+    return find
 
 
 def gguf_parts(folder: Path) -> dict[str, tuple[Path, int]]:
@@ -101,7 +106,13 @@ def onnx_parts(folder: Path) -> dict[str, tuple[Path, int]]:
     return parts
 
 
-PARTS = {"gptq": gptq_parts, "gguf": gguf_parts, "onnx": onnx_parts}
+PARTS = {
+    "gptq": safetensors_parts("qweight", "qzeros", "scales"),
+    "awq": safetensors_parts("qweight", "qzeros", "scales"),
+    "compressed-tensors": safetensors_parts("weight_packed", "weight_scale", "weight_zero_point"),
+    "gguf": gguf_parts,
+    "onnx": onnx_parts,
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -199,13 +210,13 @@ def test_float_zero_points_are_refused_by_gptq(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_unknown_architecture(name: str, checkpoint: L4QCheckpoint, tmp_path: Path) -> None:
-    """GGUF and ONNX need to know the architecture and list those they know; GPTQ does not care."""
+    """GGUF and ONNX need to know the architecture and list those they know; the vLLM formats do not care."""
     folder = tmp_path / "ckpt"
     shutil.copytree(checkpoint.path, folder)
     config = json.loads((folder / "config.json").read_text())
     config["architectures"], config["model_type"] = ["MysteryForCausalLM"], "mystery"
     (folder / "config.json").write_text(json.dumps(config))
-    if name == "gptq":
+    if name in {"gptq", "awq", "compressed-tensors"}:
         assert make_plan(L4QCheckpoint.open(folder), name, ExportOptions()).quantized
         return
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM"):

@@ -15,8 +15,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporters import gguf as gguf_exporter
+from exporters.gguf.families import ARCHITECTURES
 from exporters.gguf.metadata import model_metadata, rope_freqs
-from exporters.gguf.names import ARCHITECTURES, permute_rows, unpermute_rows
+from exporters.gguf.names import permute_rows, unpermute_rows
 from exporters.gguf.vocab import merge_scores, pre_tokenizer_steps, read_vocabulary
 from exporters.plan import ExportOptions, Fidelity
 from l4q.checkpoint import L4QCheckpoint

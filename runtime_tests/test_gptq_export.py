@@ -234,10 +234,18 @@ def test_float_zero_points_are_refused_with_a_way_out(tmp_path: Path) -> None:
         gptq.plan(checkpoint, ExportOptions())
 
 
-def test_three_bits_are_refused(tmp_path: Path) -> None:
-    """Three-bit checkpoints are pointed to formats whose verified containers hold them."""
-    with pytest.raises(UnsupportedError, match=r"(?s)bits \[3\].*gguf or onnx"):
-        gptq.plan(tiny_checkpoint(tmp_path, QuantConfig(bits=3)), ExportOptions())
+@pytest.mark.parametrize("zero_point", ["none", "integer"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fewer_bits_are_held_exactly_by_four(tmp_path: Path, bits: int, zero_point: ZeroPoint) -> None:
+    """2- and 3-bit codes move into 4-bit fields without loss, and the plan and the config say 4."""
+    checkpoint = tiny_checkpoint(tmp_path, QuantConfig(bits=bits, zero_point=zero_point))
+    plan = export_gptq(checkpoint, tmp_path / "out")
+    assert wrong_modules(checkpoint, tmp_path / "out") == []
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (section["bits"], section["sym"]) == (4, zero_point == "none")
+    assert plan.quantized[0].encoding.startswith(f"int{bits} in 4-bit fields")
+    assert plan.bits_per_weight > 4
+    assert any(f"{bits}-bit codes are stored in 4-bit fields" in note for note in plan.notes)
 
 
 def test_mixed_group_sizes_are_listed(tmp_path: Path) -> None:

@@ -9,15 +9,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters.gptq.pack import (
-    decode_zeros,
-    encode_zeros,
-    pack_cols,
-    pack_rows,
-    run_length,
-    unpack_cols,
-    unpack_rows,
-)
+from exporters.gptq.pack import decode_zeros, encode_zeros
+from exporters.words import pack_cols, pack_rows, run_length, unpack_cols, unpack_rows
 from l4q.errors import UsageError
 
 

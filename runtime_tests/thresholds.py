@@ -49,15 +49,20 @@ class CheckResult:
 _FP16 = "vLLM computes in fp16: the unquantized model shows the same noise (mean 0.0045 on SmolLM2)"
 _INT8 = "the block kernels round activations to int8, so identical weights still differ by 0.1-1 % perplexity"
 
+# GPTQ, AWQ and compressed-tensors feed the same kernels: equal integers give equal numbers, so one row of bounds.
+_VLLM = (
+    Limit(figure="mean_abs_dlogprob", bound=0.01, reason=_FP16),
+    Limit(figure="delta_percent", bound=0.3, reason=_FP16),
+)
+
 # (format, variant) -> bounds. The variant is the block type for GGUF and the accuracy level for ONNX.
 LIMITS: dict[tuple[str, str], tuple[Limit, ...]] = {
     ("l4q", ""): (
         Limit(figure="mean_abs_dlogprob", bound=1e-4, reason="the same float32 weights in the same library"),
     ),
-    ("gptq", ""): (
-        Limit(figure="mean_abs_dlogprob", bound=0.01, reason=_FP16),
-        Limit(figure="delta_percent", bound=0.3, reason=_FP16),
-    ),
+    ("gptq", ""): _VLLM,
+    ("awq", ""): _VLLM,
+    ("compressed-tensors", ""): _VLLM,
     ("gguf", "F32"): (
         Limit(
             figure="mean_abs_dlogprob",

@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
+from exporters.gguf.families import ARCHITECTURES, Architecture
 from l4q.errors import UnsupportedError
 
 T = TypeVar("T", bound=np.generic)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What llama.cpp expects of one model family."""
-
-    gguf_arch: gguf.MODEL_ARCH
-    permute_qk: bool
-    """llama.cpp rotates adjacent rows of q and k (RoPE "normal"); Hugging Face rotates row i with i + head_dim / 2."""
-    norm_plus_one: bool
-    """The model multiplies by 1 + weight and llama.cpp by weight."""
-    block_modules: tuple[str, ...]
-    """Linear modules of one block, below model.layers.N."""
-
-    @property
-    def name(self) -> str:
-        """The general.architecture value."""
-        return gguf.MODEL_ARCH_NAMES[self.gguf_arch]
-
-
-ARCHITECTURES: Final[dict[str, Architecture]] = {
-    "LlamaForCausalLM": Architecture(
-        gguf_arch=gguf.MODEL_ARCH.LLAMA,
-        permute_qk=True,
-        norm_plus_one=False,
-        block_modules=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
-        ),
-    ),
-}
-"""Hugging Face architecture to GGUF."""
+_SUFFIXES: Final = (".weight", ".bias")
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 TOP_MODULES: Final = ("lm_head",)
 """Linear modules outside the blocks."""
@@ -73,7 +40,7 @@ def architecture_of(name: str) -> Architecture:
             where="config.json: architectures",
             got=name,
             expected=f"one of {', '.join(ARCHITECTURES)}",
-            remedy="export to another format, or add a row to exporters/gguf/names.py",
+            remedy="export to another format, or add a row to exporters/gguf/families.py",
         )
     return ARCHITECTURES[name]
 
@@ -84,7 +51,7 @@ def architecture_of_file(name: str) -> Architecture:
     Raises:
         UnsupportedError: No row writes that architecture.
     """
-    rows = {row.name: row for row in ARCHITECTURES.values()}
+    rows = {row.name: row for row in reversed(ARCHITECTURES.values())}
     if name not in rows:
         raise UnsupportedError("unknown GGUF architecture", got=name, expected=f"one of {', '.join(rows)}")
     return rows[name]
@@ -97,7 +64,7 @@ def gguf_names(architecture: Architecture, n_layers: int, names: Iterable[str]) 
         UnsupportedError: Some names have no counterpart; the message lists all of them.
     """
     table = gguf.get_tensor_name_map(architecture.gguf_arch, n_layers)
-    mapped = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    mapped = {name: table.get_name(name, _SUFFIXES) if name.endswith(_SUFFIXES) else None for name in names}
     unknown = [name for name, target in mapped.items() if target is None]
     if unknown:
         raise UnsupportedError(
@@ -108,10 +75,18 @@ def gguf_names(architecture: Architecture, n_layers: int, names: Iterable[str]) 
     return {name: target for name, target in mapped.items() if target is not None}
 
 
+def stack_targets(architecture: Architecture, name: str) -> tuple[str, ...]:
+    """GGUF names of the parts of a 3-D tensor of experts, in the order of its rows; empty for any other tensor."""
+    match = _LAYER.fullmatch(name)
+    parts = architecture.stacks.get(match[2], ()) if match else ()
+    return tuple(f"{gguf.TENSOR_NAMES[part].format(bid=match[1])}.weight" for part in parts) if match else ()
+
+
 def module_names(architecture: Architecture, n_layers: int) -> dict[str, str]:
     """Hugging Face module of every GGUF weight of the family, for the way back."""
     blocks = [f"model.layers.{index}.{part}" for index in range(n_layers) for part in architecture.block_modules]
-    forward = gguf_names(architecture, n_layers, [f"{module}.weight" for module in (*blocks, *TOP_MODULES)])
+    tops = TOP_MODULES if gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[architecture.gguf_arch] else ()
+    forward = gguf_names(architecture, n_layers, [f"{module}.weight" for module in (*blocks, *tops)])
     return {target: name.removesuffix(".weight") for name, target in forward.items()}
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Final
 
 from exporters.gguf.encode import Subject, choose_encoding, encoded_nbytes
+from exporters.gguf.families import notes
 from exporters.gguf.metadata import model_metadata, rope_freqs
-from exporters.gguf.names import architecture_of, gguf_names
+from exporters.gguf.names import architecture_of, gguf_names, stack_targets
 from exporters.gguf.pack import BLOCK
 from exporters.gguf.vocab import read_vocabulary
-from exporters.plan import ExportOptions, ExportPlan, Fidelity, GgufType, PlannedTensor, RuntimeSupport
+from exporters.plan import ExportOptions, ExportPlan, Fidelity, GgufEmbeddings, GgufType, PlannedTensor, RuntimeSupport
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
 
@@ -20,6 +22,12 @@ ROPE_FREQS: Final = "rope_freqs.weight"
 """Target of the RoPE divisors, which come from config.json rather than from a tensor."""
 
 DENSE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
+
+Q8_0_BYTES: Final = 34
+"""Bytes of a Q8_0 block: an fp16 scale and 32 signed codes."""
+
+EMBEDDINGS: Final = ("token_embd.weight", "output.weight")
+"""Targets that --gguf-embeddings governs, as far as they are dense."""
 
 
 def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
@@ -34,9 +42,15 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     model_metadata(architecture, checkpoint.config)
     if options.gguf_type != "F32":
         _check_blocks(checkpoint)
-    sources = [*checkpoint.dense_names, *(f"{module}.weight" for module in checkpoint.modules)]
+    stacks = {name: stack_targets(architecture, name) for name in checkpoint.dense_names}
+    plain = [name for name in checkpoint.dense_names if not stacks[name]]
+    sources = [*plain, *(f"{module}.weight" for module in checkpoint.modules)]
     targets = gguf_names(architecture, int(checkpoint.config["num_hidden_layers"]), sources)
-    dense = [_plan_dense(checkpoint, name, targets[name]) for name in checkpoint.dense_names]
+    dense = [
+        _plan_dense(checkpoint, name, target, options.gguf_embeddings, parts=max(1, len(stacks[name])))
+        for name in checkpoint.dense_names
+        for target in stacks[name] or (targets[name],)
+    ]
     quantized = [
         _plan_quantized(checkpoint, module, targets[f"{module}.weight"], options.gguf_type)
         for module in checkpoint.modules
@@ -47,7 +61,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         format="gguf",
         tensors=tensors,
         runtimes=(RuntimeSupport(runtime="llama.cpp", loads=True),),
-        notes=(f"file: {file_name(checkpoint, tensors)}", *vocabulary.notes),
+        notes=(f"file: {file_name(checkpoint, tensors)}", *notes(architecture, checkpoint.config), *vocabulary.notes),
     )
 
 
@@ -104,7 +118,10 @@ def _plan_quantized(checkpoint: L4QCheckpoint, module: str, target: str, request
     )
 
 
-def _plan_dense(checkpoint: L4QCheckpoint, name: str, target: str) -> PlannedTensor:
+def _plan_dense(
+    checkpoint: L4QCheckpoint, name: str, target: str, embeddings: GgufEmbeddings, parts: int
+) -> PlannedTensor:
+    """One of `parts` equal slices of a dense tensor's rows (more than one only for stacked experts)."""
     shape, stored = checkpoint.dense_shape(name), checkpoint.dense_dtype(name)
     if stored not in DENSE_BYTES:
         raise UnsupportedError(
@@ -113,21 +130,40 @@ def _plan_dense(checkpoint: L4QCheckpoint, name: str, target: str) -> PlannedTen
             got=stored,
             expected=f"one of {tuple(DENSE_BYTES)}",
         )
+    shape = (*shape[:-2], shape[-2] // parts, shape[-1]) if parts > 1 else shape
     # llama.cpp's elementwise kernels take norms and biases in F32 only.
     encoding = "F32" if len(shape) == 1 else stored
-    size = DENSE_BYTES[encoding]
-    for length in shape:
-        size *= length
+    fidelity, reason = Fidelity.EXACT, "stored dtype" if encoding == stored else f"{stored} widened"
+    if target in EMBEDDINGS and embeddings != "stored" and embeddings.upper() != stored:
+        encoding, fidelity = embeddings.upper(), Fidelity.ROUNDED
+        reason = f"{stored} rounded on request (--gguf-embeddings {embeddings})"
+        _check_embedding(name, shape, encoding)
     return PlannedTensor(
         name=name,
         target=target,
         encoding=encoding,
         shape=shape,
-        nbytes=size,
-        fidelity=Fidelity.EXACT,
-        reason="stored dtype" if encoding == stored else f"{stored} widened",
+        nbytes=dense_nbytes(shape, encoding),
+        fidelity=fidelity,
+        reason=reason,
         quantized=False,
     )
+
+
+def dense_nbytes(shape: tuple[int, ...], encoding: str) -> int:
+    """Bytes of a dense tensor in the file."""
+    size = math.prod(shape)
+    return size // BLOCK * Q8_0_BYTES if encoding == "Q8_0" else size * DENSE_BYTES[encoding]
+
+
+def _check_embedding(name: str, shape: tuple[int, ...], encoding: str) -> None:
+    if encoding == "Q8_0" and shape[-1] % BLOCK:
+        raise UnsupportedError(
+            f"Q8_0 rows must fill blocks of {BLOCK} columns",
+            where=name,
+            got=f"{shape[-1]} columns",
+            remedy="use --gguf-embeddings f16 or stored",
+        )
 
 
 def _plan_rope(checkpoint: L4QCheckpoint) -> list[PlannedTensor]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
 from exporters.gguf.encode import encode
+from exporters.gguf.families import Architecture
 from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_freqs
-from exporters.gguf.names import Architecture, architecture_of, permute_rows, permuted_heads
+from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
 from exporters.gguf.plan import ROPE_FREQS, file_name, main_encoding, model_name
 from exporters.gguf.vocab import read_vocabulary
 from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
@@ -77,9 +79,15 @@ def _tensor_data(checkpoint: L4QCheckpoint, architecture: Architecture, tensor: 
     if tensor.quantized:
         rows: Data = encode(checkpoint.quantized(tensor.name), tensor.encoding)
     else:
-        rows = dense_data(checkpoint.dense(tensor.name), tensor, architecture)
+        values = _part(checkpoint.dense(tensor.name), stack_targets(architecture, tensor.name), tensor.target)
+        rows = dense_data(values, tensor, architecture)
     heads = permuted_heads(architecture, checkpoint.config, tensor.target)
     return rows if heads is None else np.ascontiguousarray(permute_rows(rows, heads))
+
+
+def _part(values: Any, targets: tuple[str, ...], target: str) -> Any:
+    """The rows of stacked experts that belong to one of their targets; the whole tensor when it is not a stack."""
+    return values.chunk(len(targets), dim=-2)[targets.index(target)] if targets else values
 
 
 def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -> Data:
@@ -88,6 +96,8 @@ def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -
 
     if architecture.norm_plus_one and tensor.target.endswith("_norm.weight"):
         values = values.float() + 1.0
+    if tensor.encoding == "Q8_0":
+        return gguf.quants.quantize(values.float().contiguous().numpy(), gguf.GGMLQuantizationType.Q8_0)
     if tensor.encoding == "BF16":
         bits: Data = values.contiguous().view(torch.int16).numpy().view(np.uint16)
         return bits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.files import copy_side_files, write_json
-from exporters.gptq.pack import ZERO_OFFSET, encode_zeros, pack_cols, pack_rows
-from exporters.gptq.plan import is_symmetric, skipped_linears
+from exporters.container import container_bits, widen
+from exporters.files import write_json
+from exporters.gptq.pack import ZERO_OFFSET, encode_zeros
+from exporters.hf_folder import missing_judge, read_section, write_config, write_tensors
+from exporters.hf_plan import is_symmetric, skipped_linears
 from exporters.plan import ExportOptions, ExportPlan
+from exporters.words import pack_cols, pack_rows
 from l4q import __version__
 from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint
-from l4q.errors import UnsupportedError, UsageError, VerificationError
-from l4q.shards import MAX_SHARD_BYTES, ShardReader, ShardWriter
+from l4q.errors import UnsupportedError, VerificationError
+from l4q.shards import MAX_SHARD_BYTES, ShardReader
 from l4q.weight import F32, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -44,18 +46,15 @@ def write(
     Raises:
         UnsupportedError: A dense value overflows the asked dtype.
     """
-    writer = ShardWriter(folder, max_shard_bytes)
-    for tensor in plan.tensors:
-        if tensor.quantized:
-            writer.add(module_tensors(tensor.name, checkpoint.quantized(tensor.name), options.gptq_format), {})
-        else:
-            writer.add({tensor.name: _cast(tensor.name, checkpoint.dense(tensor.name), options.dtype)}, {})
-        on_tensor(tensor.name)
-    writer.close()
+    width = container_bits(checkpoint, options)
+
+    def pack(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        return module_tensors(module, widen(weight, width), options.gptq_format)
+
+    write_tensors(checkpoint, plan, folder, options, pack, on_tensor, max_shard_bytes=max_shard_bytes)
     section = quantization_config(checkpoint, options)
-    write_json(folder / CONFIG_NAME, model_config(checkpoint, section, options))
+    write_config(checkpoint, folder, section, options)
     write_json(folder / LEGACY_CONFIG_NAME, section)
-    copy_side_files(checkpoint, folder)
 
 
 def module_tensors(module: str, weight: QuantizedWeight, checkpoint_format: str) -> dict[str, torch.Tensor]:
@@ -83,7 +82,7 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
         producers.append(V1_ASYMMETRIC_PROMISE)
     section: dict[str, Any] = {
         "quant_method": "gptq",
-        "bits": checkpoint.quant.bits,
+        "bits": container_bits(checkpoint, options),
         "group_size": checkpoint.quant.group_size,
         "desc_act": False,
         "sym": symmetric,
@@ -96,13 +95,6 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
     if skipped:
         section["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}
     return section
-
-
-def model_config(checkpoint: L4QCheckpoint, section: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
-    """The model's own config with the GPTQ section in place of l4q's."""
-    replaced = {"quantization_config", "torch_dtype", "dtype"}
-    config = {key: value for key, value in checkpoint.config.items() if key not in replaced}
-    return {**config, "dtype": options.dtype, "quantization_config": section}
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
@@ -157,43 +149,19 @@ def _foreign_unpack(words: torch.Tensor, bits: int, shape: tuple[int, int], axis
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     except ImportError as error:
-        raise UsageError(
-            "verifying a GPTQ export needs the compressed-tensors package, whose decoder judges the bits",
-            remedy="pip install compressed-tensors, or export with --no-verify",
-        ) from error
+        raise missing_judge("a GPTQ", error) from error
     signed: np.ndarray[Any, Any] = unpack_from_int32(words, bits, torch.Size(shape), packed_dim=axis).numpy()
     return signed.astype(np.int16) + (1 << (bits - 1))
 
 
 def _read_section(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        section = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError) as error:
-        raise UsageError("config.json cannot be read", where=path, got=error) from error
-    if not isinstance(section, dict) or section.get("quant_method") != "gptq":
-        raise UsageError("not a GPTQ folder", where=path, expected='quantization_config.quant_method "gptq"')
+    section = read_section(folder, "gptq", "a GPTQ")
     if section["bits"] != 4:
         raise UnsupportedError(
-            "only 4-bit GPTQ can be read back", where=path, got=f"bits {section['bits']}", expected=4
+            "only 4-bit GPTQ can be read back", where=folder / CONFIG_NAME, got=f"bits {section['bits']}", expected=4
         )
     return section
 
 
 def _group_index(columns: int, group_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return (np.arange(columns) // group_size).astype(np.int32)
-
-
-def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    import torch
-
-    cast = tensor.to(getattr(torch, dtype)).contiguous()
-    if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(cast).all()):
-        raise UnsupportedError(
-            f"a dense tensor overflows {dtype}",
-            where=name,
-            got=f"largest magnitude {float(tensor.abs().max()):g}",
-            expected=f"<= {torch.finfo(cast.dtype).max:g}",
-            remedy="export with --dtype bfloat16",
-        )
-    return cast

@@ -35,6 +35,14 @@ class GraphBuilder:
         self.nodes.append(ir.node(op_type, inputs, attributes, outputs=outputs, name=outputs[0].name))
         return outputs
 
+    def split(self, x: ir.Value, parts: int | Sequence[int], *, scope: str) -> Sequence[ir.Value]:
+        """Cut x along its last axis into equal parts, or into parts of given sizes."""
+        count = parts if isinstance(parts, int) else len(parts)
+        outputs = [ir.Value(name=self._unique(f"{scope}/Split")) for _ in range(count)]
+        if isinstance(parts, int):
+            return self.node("Split", [x], outputs, {"axis": -1, "num_outputs": parts})
+        return self.node("Split", [x, self.integers(*parts)], outputs, {"axis": -1})
+
     def constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
         """A small initializer held in memory; the same name is the same value."""
         if name not in self.initializers:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -11,40 +12,108 @@ import numpy as np
 from l4q.errors import UnsupportedError, UsageError
 from l4q.weight import F32
 
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What distinguishes one architecture from plain llama; biases are found by their presence in the checkpoint."""
 
+    rotary: str = "llama.modeling_llama.LlamaRotaryEmbedding"
+    """The class below transformers.models that computes the rotation's frequencies."""
+    partial_rotary: bool = False
+    """The rotation may leave the last columns of a head alone."""
+    qkv: tuple[str, ...] = QKV
+    """Projections of the attention's input, one after the other or fused in this order."""
+    gate_up: tuple[str, ...] = GATE_UP
+    """The same for the MLP's input."""
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Norms of one layer: before attention and before the MLP; or before and after each of the two."""
     qk_norm: bool = False
     """RMS norms over head_dim on queries and keys, before the rotation."""
+    norm_plus_one: bool = False
+    """Norms multiply by 1 + weight."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size)."""
+    experts: bool = False
+    """Every MLP is a router over experts."""
+    renormalized: Callable[[Any], bool] = lambda parsed: True
+    """Whether the weights of the chosen experts are made to sum to one."""
 
+
+SANDWICH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(),
+    "MixtralForCausalLM": Family(experts=True),
     "Qwen2ForCausalLM": Family(),
     "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True, renormalized=lambda parsed: bool(parsed.norm_topk_prob)),
+    "Gemma2ForCausalLM": Family(layer_norms=SANDWICH, norm_plus_one=True, scaled_embedding=True),
+    "Gemma3ForCausalLM": Family(
+        rotary="gemma3.modeling_gemma3.Gemma3RotaryEmbedding",
+        layer_norms=SANDWICH,
+        qk_norm=True,
+        norm_plus_one=True,
+        scaled_embedding=True,
+    ),
+    "Phi3ForCausalLM": Family(
+        rotary="phi3.modeling_phi3.Phi3RotaryEmbedding",
+        partial_rotary=True,
+        qkv=("self_attn.qkv_proj",),
+        gate_up=("mlp.gate_up_proj",),
+    ),
 }
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations whose frequencies do not depend on the sequence's length, so that one constant holds them."""
 
-ACTIVATIONS: Mapping[str, str] = {"silu": "x * sigmoid(x)", "swish": "x * sigmoid(x)"}
+ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
+"""Activations that exporters.onnx.mlp emits."""
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+ATTENTION_OUTPUT = "self_attn.o_proj"
+DOWN = "mlp.down_proj"
+ROUTER = "mlp.gate"
+EXPERT_STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rotation:
+    """How one kind of layer rotates queries and keys."""
+
+    inv_freq: F32
+    """[rotary_dim / 2] rotation per position, radians."""
+    scaling: float
+    """Factor on cos and sin."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experts:
+    """The router of a mixture of experts."""
+
+    chosen: int
+    """Experts per token."""
+    renormalized: bool
+    """Their weights are divided by their sum."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelSpec:
     """Sizes and constants of one model."""
 
+    family: Family
     layers: int
     hidden_size: int
     heads: int
@@ -53,17 +122,21 @@ class ModelSpec:
     vocab_size: int
     context_length: int
     eps: float
+    activation: str
     tied: bool
     """The output head is the embedding matrix."""
-    qk_norm: bool
     window: int | None
     """Columns a sliding layer sees, itself included."""
     sliding: tuple[bool, ...]
     """Per layer: whether `window` applies."""
-    inv_freq: F32
-    """[head_dim / 2] rotation per position, radians."""
-    rope_scaling: float
-    """Factor on cos and sin."""
+    kinds: tuple[str, ...]
+    """Per layer: which of `rotations` it uses."""
+    rotations: Mapping[str, Rotation]
+    attention_scale: float
+    """Factor on query times key."""
+    attention_softcap: float | None
+    logit_softcap: float | None
+    experts: Experts | None
 
     def layer(self, index: int) -> str:
         """Dotted name of one decoder layer."""
@@ -71,17 +144,24 @@ class ModelSpec:
 
     def norm_names(self) -> Iterator[str]:
         """Modules with one weight vector."""
-        names = LAYER_NORMS + (QK_NORMS if self.qk_norm else ())
+        names = self.family.layer_norms + (QK_NORMS if self.family.qk_norm else ())
         for index in range(self.layers):
             yield from (f"{self.layer(index)}.{name}" for name in names)
         yield FINAL_NORM
 
     def linear_names(self) -> Iterator[str]:
         """Modules with a weight matrix and perhaps a bias, the output head only if it has a matrix of its own."""
+        mlp = (*self.family.gate_up, DOWN) if self.experts is None else ()
         for index in range(self.layers):
-            yield from (f"{self.layer(index)}.{name}" for name in ATTENTION + MLP)
+            yield from (f"{self.layer(index)}.{name}" for name in (*self.family.qkv, ATTENTION_OUTPUT, *mlp))
         if not self.tied:
             yield HEAD
+
+    def expert_names(self) -> Iterator[str]:
+        """Tensors of routers and experts."""
+        for index in range(self.layers if self.experts else 0):
+            yield f"{self.layer(index)}.{ROUTER}.weight"
+            yield from (f"{self.layer(index)}.{name}" for name in EXPERT_STACKS)
 
 
 def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
@@ -98,20 +178,17 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
             expected=f"one of {sorted(FAMILIES)}",
             remedy="export to gguf or gptq, or add the architecture to exporters/onnx/family.py",
         )
-    parsed = _parse_config(config)
-    _check_choice("hidden_act", parsed.hidden_act, tuple(ACTIVATIONS))
-    _check_choice("rope_type", parsed.rope_parameters["rope_type"], FIXED_ROPE_TYPES)
-    inv_freq, rope_scaling = _rotary(parsed)
+    family, parsed = FAMILIES[architecture], _parse_config(config)
+    activation = getattr(parsed, "hidden_activation", None) or parsed.hidden_act
+    _check_choice("hidden_act", activation, ACTIVATIONS)
+    _check_experts(parsed, family)
+    _check_choice("use_bidirectional_attention", getattr(parsed, "use_bidirectional_attention", None), (None, False))
     head_dim = getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads
-    if 2 * inv_freq.size != head_dim:
-        raise UnsupportedError(
-            "partial rotary embeddings are not covered", got=2 * inv_freq.size, expected=f"head_dim {head_dim}"
-        )
     window = getattr(parsed, "sliding_window", None)
-    layer_types = getattr(parsed, "layer_types", None)
     # Older configs have no per-layer kinds: there a window applies to every layer.
-    kinds = layer_types or ("sliding_attention",) * parsed.num_hidden_layers
+    kinds = tuple(getattr(parsed, "layer_types", None) or (SLIDING,) * parsed.num_hidden_layers)
     return ModelSpec(
+        family=family,
         layers=parsed.num_hidden_layers,
         hidden_size=parsed.hidden_size,
         heads=parsed.num_attention_heads,
@@ -120,12 +197,18 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
         vocab_size=parsed.vocab_size,
         context_length=parsed.max_position_embeddings,
         eps=parsed.rms_norm_eps,
+        activation=activation,
         tied=bool(parsed.tie_word_embeddings),
-        qk_norm=FAMILIES[architecture].qk_norm,
         window=window,
-        sliding=tuple(window is not None and kind == "sliding_attention" for kind in kinds),
-        inv_freq=inv_freq,
-        rope_scaling=rope_scaling,
+        sliding=tuple(window is not None and kind == SLIDING for kind in kinds),
+        kinds=kinds,
+        rotations=_rotations(parsed, family, kinds, head_dim),
+        attention_scale=float(getattr(parsed, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
+        attention_softcap=getattr(parsed, "attn_logit_softcapping", None),
+        logit_softcap=getattr(parsed, "final_logit_softcapping", None),
+        experts=Experts(chosen=parsed.num_experts_per_tok, renormalized=family.renormalized(parsed))
+        if family.experts
+        else None,
     )
 
 
@@ -140,15 +223,33 @@ def _parse_config(config: Mapping[str, Any]) -> Any:
         raise UsageError("transformers refuses config.json", where="config.json", got=error) from error
 
 
-def _rotary(parsed: Any) -> tuple[F32, float]:
-    """Frequencies as transformers computes them; LlamaRotaryEmbedding serves every architecture of the table."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+def _rotations(parsed: Any, family: Family, kinds: tuple[str, ...], head_dim: int) -> dict[str, Rotation]:
+    """Frequencies per kind of layer, as transformers computes them."""
+    parameters = parsed.rope_parameters
+    for kind in sorted(set(kinds)):
+        _check_choice("rope_type", parameters.get(kind, parameters)["rope_type"], FIXED_ROPE_TYPES)
+    module, _, name = family.rotary.rpartition(".")
+    rotary = getattr(import_module(f"transformers.models.{module}"), name)(parsed)
+    found = {}
+    for kind in sorted(set(kinds)):
+        prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+        inv_freq = getattr(rotary, f"{prefix}inv_freq").numpy().astype(np.float32)
+        if not family.partial_rotary and 2 * inv_freq.size != head_dim:
+            raise UnsupportedError(
+                "partial rotary embeddings are not covered", got=2 * inv_freq.size, expected=f"head_dim {head_dim}"
+            )
+        scaling = float(getattr(rotary, f"{prefix}attention_scaling"))
+        found[kind] = Rotation(inv_freq=inv_freq, scaling=scaling)
+    return found
 
-    rotary = LlamaRotaryEmbedding(parsed)
-    return rotary.inv_freq.numpy().astype(np.float32), float(rotary.attention_scaling)
+
+def _check_experts(parsed: Any, family: Family) -> None:
+    if family.experts:
+        _check_choice("mlp_only_layers", tuple(getattr(parsed, "mlp_only_layers", None) or ()), ((),))
+        _check_choice("decoder_sparse_step", getattr(parsed, "decoder_sparse_step", 1), (1,))
 
 
-def _check_choice(field: str, got: object, known: tuple[str, ...]) -> None:
+def _check_choice(field: str, got: object, known: tuple[Any, ...]) -> None:
     if got not in known:
         raise UnsupportedError(
             f"the ONNX graph does not cover this {field}",

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporters.onnx.builder import GraphBuilder, tensor_input
-from exporters.onnx.family import EMBEDDING, FINAL_NORM, HEAD, ModelSpec
+from exporters.onnx.builder import Attribute, GraphBuilder, tensor_input
+from exporters.onnx.family import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, Rotation
 from exporters.onnx.linear import LinearEmitter, as_float32
+from exporters.onnx.mlp import Mlp
 from l4q.checkpoint import L4QCheckpoint
 
 OPSET = 23
@@ -31,16 +32,20 @@ BATCH, LENGTH, PAST, TOTAL = "batch", "sequence_length", "past_sequence_length",
 class SharedInputs:
     """Values every layer reads."""
 
-    cos: ir.Value
-    """[batch, length, head_dim / 2]."""
-    sin: ir.Value
+    rotations: Mapping[str, tuple[ir.Value, ir.Value]]
+    """Cos and sin [batch, length, rotary_dim / 2] by kind of layer."""
     full_mask: ir.Value
     """Bool [batch, 1, length, past + length]; True takes part."""
     sliding_mask: ir.Value | None
 
 
 def build_model(
-    checkpoint: L4QCheckpoint, spec: ModelSpec, *, block_size: int | None, metadata: Mapping[str, str]
+    checkpoint: L4QCheckpoint,
+    spec: ModelSpec,
+    *,
+    block_size: int | None,
+    half_scales: bool = False,
+    metadata: Mapping[str, str],
 ) -> ir.Model:
     """Build the model with lazily read weights.
 
@@ -48,13 +53,13 @@ def build_model(
         UsageError: `block_size` does not fit a layer's groups.
     """
     builder = GraphBuilder()
-    emitter = LinearEmitter(builder, checkpoint, block_size)
+    emitter = LinearEmitter(builder, checkpoint, block_size, half_scales=half_scales)
     input_ids = tensor_input("input_ids", ir.DataType.INT64, [BATCH, LENGTH])
     attention_mask = tensor_input("attention_mask", ir.DataType.INT64, [BATCH, TOTAL])
     shared = _shared_inputs(builder, spec, input_ids, attention_mask)
 
     embedding = emitter.dense(f"{EMBEDDING}.weight")
-    hidden = builder.op("Gather", embedding, input_ids, scope=EMBEDDING, axis=0)
+    hidden = _embedded(builder, spec, embedding, input_ids)
     pasts: list[ir.Value] = []
     presents: list[ir.Value] = []
     for index in range(spec.layers):
@@ -66,7 +71,7 @@ def build_model(
     hidden = _norm(builder, emitter, spec, hidden, FINAL_NORM)
     product = emitter.dense_product(hidden, embedding, scope=HEAD) if spec.tied else emitter.linear(hidden, HEAD)
     logits = tensor_input("logits", ir.DataType.FLOAT, [BATCH, LENGTH, spec.vocab_size])
-    builder.node("Identity", [product], [logits], {})
+    builder.node("Identity", [_capped(builder, product, spec.logit_softcap)], [logits], {})
 
     graph = ir.Graph(
         [input_ids, attention_mask, *pasts],
@@ -91,7 +96,8 @@ def _shared_inputs(
     length = builder.op("Shape", input_ids, scope=scope, start=1, end=2)  # [1]
     total = builder.op("Shape", attention_mask, scope=scope, start=1, end=2)  # [1]
     past = builder.op("Sub", total, length, scope=scope)
-    cos, sin = _rotations(builder, spec, attention_mask, (past, total))
+    positions = _positions(builder, attention_mask, (past, total))
+    rotations = {kind: _rotation(builder, kind, rotation, positions) for kind, rotation in spec.rotations.items()}
     columns, rows = _indices(builder, past, total)
     causal = builder.op("LessOrEqual", columns, rows, scope=scope)  # [length, total]
     own = builder.op("Equal", columns, rows, scope=scope)
@@ -103,7 +109,7 @@ def _shared_inputs(
     if spec.window is not None and any(spec.sliding):
         first = builder.op("Sub", rows, builder.scalar(spec.window), scope=scope)
         sliding = builder.op("And", full, builder.op("Greater", columns, first, scope=scope), scope=scope)
-    return SharedInputs(cos=cos, sin=sin, full_mask=full, sliding_mask=sliding)
+    return SharedInputs(rotations=rotations, full_mask=full, sliding_mask=sliding)
 
 
 def _indices(builder: GraphBuilder, past: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -118,32 +124,52 @@ def _indices(builder: GraphBuilder, past: ir.Value, total: ir.Value) -> tuple[ir
     )
 
 
-def _rotations(
-    builder: GraphBuilder, spec: ModelSpec, attention_mask: ir.Value, span: tuple[ir.Value, ir.Value]
-) -> tuple[ir.Value, ir.Value]:
-    """Cos and sin [batch, length, head_dim / 2] of the new tokens.
-
-    Computed from positions rather than looked up: no table whose end limits the context, none to store.
-    """
+def _positions(builder: GraphBuilder, attention_mask: ir.Value, span: tuple[ir.Value, ir.Value]) -> ir.Value:
+    """Positions of the new tokens, float32 [batch, length, 1]."""
     scope = "rotary"
     counted = builder.op("CumSum", attention_mask, builder.scalar(1), scope=scope)
     positions = builder.op("Sub", counted, builder.scalar(1), scope=scope)
     positions = builder.op("Max", positions, builder.scalar(0), scope=scope)  # padding would be -1
     positions = builder.op("Slice", positions, *span, builder.integers(1), scope=scope)  # [batch, length]
     positions = builder.op("Cast", positions, scope=scope, to=int(ir.DataType.FLOAT))
-    positions = builder.op("Unsqueeze", positions, builder.integers(2), scope=scope)  # [batch, length, 1]
-    inv_freq = builder.constant("rotary/inv_freq", spec.inv_freq[None, None, :])  # [1, 1, head_dim / 2]
+    return builder.op("Unsqueeze", positions, builder.integers(2), scope=scope)  # [batch, length, 1]
+
+
+def _rotation(builder: GraphBuilder, kind: str, rotation: Rotation, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Cos and sin [batch, length, rotary_dim / 2] of the new tokens.
+
+    Computed from positions rather than looked up: no table whose end limits the context, none to store.
+    """
+    scope = f"rotary/{kind}"
+    inv_freq = builder.constant(f"{scope}/inv_freq", rotation.inv_freq[None, None, :])  # [1, 1, rotary_dim / 2]
     angles = builder.op("Mul", positions, inv_freq, scope=scope)
     cos, sin = (builder.op(name, angles, scope=scope) for name in ("Cos", "Sin"))
-    if spec.rope_scaling == 1.0:
+    if rotation.scaling == 1.0:
         return cos, sin
-    factor = builder.constant("rotary/scaling", as_float32(spec.rope_scaling))
+    factor = builder.constant(f"{scope}/scaling", as_float32(rotation.scaling))
     return builder.op("Mul", cos, factor, scope=scope), builder.op("Mul", sin, factor, scope=scope)
 
 
 def _norm(builder: GraphBuilder, emitter: LinearEmitter, spec: ModelSpec, x: ir.Value, module: str) -> ir.Value:
-    weight = emitter.dense(f"{module}.weight")
+    weight = emitter.dense(f"{module}.weight", plus=1.0 if spec.family.norm_plus_one else 0.0)
     return builder.op("RMSNormalization", x, weight, scope=module, axis=-1, epsilon=spec.eps, stash_type=1)
+
+
+def _embedded(builder: GraphBuilder, spec: ModelSpec, embedding: ir.Value, input_ids: ir.Value) -> ir.Value:
+    hidden = builder.op("Gather", embedding, input_ids, scope=EMBEDDING, axis=0)
+    if not spec.family.scaled_embedding:
+        return hidden
+    factor = builder.constant(f"{EMBEDDING}/scale", as_float32(spec.hidden_size**0.5))
+    return builder.op("Mul", hidden, factor, scope=EMBEDDING)
+
+
+def _capped(builder: GraphBuilder, logits: ir.Value, cap: float | None) -> ir.Value:
+    """cap * tanh(logits / cap)."""
+    if cap is None:
+        return logits
+    limit = builder.constant(f"{HEAD}/cap", as_float32(cap))
+    bent = builder.op("Tanh", builder.op("Div", logits, limit, scope=HEAD), scope=HEAD)
+    return builder.op("Mul", bent, limit, scope=HEAD)
 
 
 @dataclass(frozen=True)
@@ -155,43 +181,51 @@ class _Layer:
 
     def emit(self, hidden: ir.Value, shared: SharedInputs, past: list[ir.Value], present: list[ir.Value]) -> ir.Value:
         name = self.spec.layer(self.index)
-        x = _norm(self.builder, self.emitter, self.spec, hidden, f"{name}.input_layernorm")
+        norms = [f"{name}.{norm}" for norm in self.spec.family.layer_norms]
+        # Two norms stand before attention and MLP; four stand before and after each of them.
+        before, after = (norms[0::2], norms[1::2]) if len(norms) == 4 else (norms, [])
+        x = _norm(self.builder, self.emitter, self.spec, hidden, before[0])
         attended = self._attention(x, f"{name}.self_attn", shared, past, present)
-        hidden = self.builder.op("Add", hidden, attended, scope=f"{name}.self_attn")
-        x = _norm(self.builder, self.emitter, self.spec, hidden, f"{name}.post_attention_layernorm")
-        return self.builder.op("Add", hidden, self._mlp(x, f"{name}.mlp"), scope=f"{name}.mlp")
+        hidden = self._added(hidden, attended, after[:1], f"{name}.self_attn")
+        x = _norm(self.builder, self.emitter, self.spec, hidden, before[1])
+        change = Mlp(self.builder, self.emitter, self.spec, name).emit(x)
+        return self._added(hidden, change, after[1:], f"{name}.mlp")
+
+    def _added(self, hidden: ir.Value, change: ir.Value, norm: list[str], scope: str) -> ir.Value:
+        for module in norm:
+            change = _norm(self.builder, self.emitter, self.spec, change, module)
+        return self.builder.op("Add", hidden, change, scope=scope)
 
     def _attention(
         self, x: ir.Value, name: str, shared: SharedInputs, past: list[ir.Value], present: list[ir.Value]
     ) -> ir.Value:
-        heads = {"q": self.spec.heads, "k": self.spec.kv_heads}
-        query, key = (self._rotated(x, f"{name}.{part}", count, shared) for part, count in heads.items())
-        value = self.emitter.linear(x, f"{name}.v_proj")
-        mask = shared.sliding_mask if self.spec.sliding[self.index] else shared.full_mask
+        spec = self.spec
+        sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+        modules = [f"{spec.layer(self.index)}.{module}" for module in spec.family.qkv]
+        query, key, value = self.emitter.fused(x, modules, sizes)
+        rotation = shared.rotations[spec.kinds[self.index]]
+        query = self._rotated(query, f"{name}.q", spec.heads, rotation)
+        key = self._rotated(key, f"{name}.k", spec.kv_heads, rotation)
+        mask = shared.sliding_mask if spec.sliding[self.index] else shared.full_mask
         output = ir.Value(name=f"{name}/Attention")
-        self.builder.node(
-            "Attention",
-            [query, key, value, mask, *past],
-            [output, *present],
-            {"q_num_heads": self.spec.heads, "kv_num_heads": self.spec.kv_heads},
-        )
+        attributes: dict[str, Attribute] = {
+            "q_num_heads": spec.heads,
+            "kv_num_heads": spec.kv_heads,
+            "scale": spec.attention_scale,
+        }
+        if spec.attention_softcap is not None:
+            attributes["softcap"] = float(spec.attention_softcap)
+        self.builder.node("Attention", [query, key, value, mask, *past], [output, *present], attributes)
         return self.emitter.linear(output, f"{name}.o_proj")
 
-    def _rotated(self, x: ir.Value, prefix: str, heads: int, shared: SharedInputs) -> ir.Value:
+    def _rotated(self, x: ir.Value, prefix: str, heads: int, rotation: tuple[ir.Value, ir.Value]) -> ir.Value:
         """Query or key [batch, length, heads * head_dim], normed per head if the family does so, then rotated."""
-        module = f"{prefix}_proj"
-        projected = self.emitter.linear(x, module)
-        if self.spec.qk_norm:
+        if self.spec.family.qk_norm:
             split = self.builder.integers(0, 0, heads, self.spec.head_dim)
-            projected = self.builder.op("Reshape", projected, split, scope=f"{prefix}_norm")
-            projected = _norm(self.builder, self.emitter, self.spec, projected, f"{prefix}_norm")
+            x = self.builder.op("Reshape", x, split, scope=f"{prefix}_norm")
+            x = _norm(self.builder, self.emitter, self.spec, x, f"{prefix}_norm")
             joined = self.builder.integers(0, 0, heads * self.spec.head_dim)
-            projected = self.builder.op("Reshape", projected, joined, scope=f"{prefix}_norm")
-        return self.builder.op("RotaryEmbedding", projected, shared.cos, shared.sin, scope=module, num_heads=heads)
-
-    def _mlp(self, x: ir.Value, name: str) -> ir.Value:
-        gate = self.emitter.linear(x, f"{name}.gate_proj")
-        up = self.emitter.linear(x, f"{name}.up_proj")
-        sigmoid = self.builder.op("Sigmoid", gate, scope=name)
-        activated = self.builder.op("Mul", gate, sigmoid, scope=name)
-        return self.emitter.linear(self.builder.op("Mul", activated, up, scope=name), f"{name}.down_proj")
+            x = self.builder.op("Reshape", x, joined, scope=f"{prefix}_norm")
+        columns = 2 * self.spec.rotations[self.spec.kinds[self.index]].inv_freq.size
+        partial = {"rotary_embedding_dim": columns} if columns != self.spec.head_dim else {}
+        return self.builder.op("RotaryEmbedding", x, *rotation, scope=f"{prefix}_proj", num_heads=heads, **partial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,10 +18,13 @@ from l4q.weight import F32
 class LinearEmitter:
     """Emits the checkpoint's linears into one graph; tensors are read from the checkpoint when the file is written."""
 
-    def __init__(self, builder: GraphBuilder, checkpoint: L4QCheckpoint, block_size: int | None) -> None:
+    def __init__(
+        self, builder: GraphBuilder, checkpoint: L4QCheckpoint, block_size: int | None, *, half_scales: bool = False
+    ) -> None:
         self._builder = builder
         self._checkpoint = checkpoint
         self._block_size = block_size
+        self._half_scales = half_scales
         self._quantized = frozenset(checkpoint.modules)
         self._dense = frozenset(checkpoint.dense_names)
         self._sums: dict[tuple[str | None, int], ir.Value] = {}
@@ -38,13 +41,19 @@ class LinearEmitter:
             y = self._builder.op("Add", y, self.dense(f"{module}.bias"), scope=module)
         return y
 
-    def dense(self, name: str) -> ir.Value:
-        """An unquantized tensor, widened to float32 (exact from every stored dtype the plan admits)."""
+    def fused(self, x: ir.Value, modules: Sequence[str], sizes: Sequence[int] | None) -> Sequence[ir.Value]:
+        """Products of several modules, or the parts of the one module that holds them all, cut by `sizes` or in two."""
+        if len(modules) > 1:
+            return [self.linear(x, module) for module in modules]
+        return self._builder.split(self.linear(x, modules[0]), sizes or 2, scope=modules[0])
+
+    def dense(self, name: str, *, plus: float = 0.0) -> ir.Value:
+        """An unquantized tensor, widened to float32 (exact from every stored dtype the plan admits), plus a number."""
         return self._builder.lazy(
             name,
             ir.DataType.FLOAT,
             self._checkpoint.dense_shape(name),
-            lambda: self._checkpoint.dense(name).float().contiguous().numpy(),
+            lambda: (self._checkpoint.dense(name).float() + plus).contiguous().numpy(),
         )
 
     def dense_product(self, x: ir.Value, weight: ir.Value, *, scope: str) -> ir.Value:
@@ -60,7 +69,7 @@ class LinearEmitter:
         rows = -(-info.in_features // block)
         inputs = [
             self._lazy(module, "weight", self._code_dtype(module), (info.in_features, info.out_features), block),
-            self._lazy(module, "scales", ir.DataType.FLOAT, (rows, info.out_features), block),
+            self._scales(module, (rows, info.out_features), block),
         ]
         if info.zero_point == "integer":
             inputs.append(self._lazy(module, "zeros", ir.DataType.UINT4, (rows, info.out_features), block))
@@ -72,6 +81,18 @@ class LinearEmitter:
             correction = self._builder.op("MatMul", self._group_sums(x, info), bias, scope=module)
             y = self._builder.op("Add", y, correction, scope=module)
         return y
+
+    def _scales(self, module: str, shape: tuple[int, int], block: int) -> ir.Value:
+        """Scales as float32; stored as float16 they pass a Cast, which runtimes fold when they load the model."""
+        if not self._half_scales:
+            return self._lazy(module, "scales", ir.DataType.FLOAT, shape, block)
+        half = self._builder.lazy(
+            f"{module}.scales",
+            ir.DataType.FLOAT16,
+            shape,
+            lambda: self._packed(module, block).scales.astype(np.float16),  # exact: they were float16 in training
+        )
+        return self._builder.op("Cast", half, scope=f"{module}.scales", to=int(ir.DataType.FLOAT))
 
     def _code_dtype(self, module: str) -> ir.DataType:
         zero_point = self._checkpoint.info(module).zero_point

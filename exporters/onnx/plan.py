@@ -25,6 +25,10 @@ ACCURACY_NOTES = {
     4: "accuracy level 4: int8 activations, several times faster, perplexity up by 0.3 to 1.3 %",
 }
 FLOAT_NOTE = "float zero-points cost one extra small product per linear over group sums of its input"
+EXPERTS_NOTE = (
+    "experts stay dense (3-D tensors, not linear modules) and every token passes through all of them: standard ONNX "
+    "cannot skip an expert per token"
+)
 REASONS = {
     "none": "signed codes, no zero-point tensor",
     "integer": "codes and zero-points as trained",
@@ -47,6 +51,8 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     notes = [ACCURACY_NOTES.get(level, f"accuracy level {level}: float32 activations on x64")]
     if any(checkpoint.info(module).zero_point == "float" for module in checkpoint.modules):
         notes.append(FLOAT_NOTE)
+    if spec.experts is not None:
+        notes.append(EXPERTS_NOTE)
     return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes))
 
 
@@ -55,6 +61,7 @@ def expected_names(spec: ModelSpec) -> Iterator[str]:
     yield f"{EMBEDDING}.weight"
     for module in (*spec.norm_names(), *spec.linear_names()):
         yield f"{module}.weight"
+    yield from spec.expert_names()
 
 
 def _check_names(checkpoint: L4QCheckpoint, spec: ModelSpec) -> None:
@@ -91,7 +98,8 @@ def _plan_linear(checkpoint: L4QCheckpoint, module: str, options: ExportOptions)
         in_features=info.in_features, group_size=info.group_size, requested=options.onnx_block_size, where=module
     )
     rows = -(-info.in_features // block)
-    nbytes = _packed_bytes(info.in_features * info.out_features) + 4 * rows * info.out_features
+    scale_bytes = 2 if options.onnx_scales == "float16" else 4
+    nbytes = _packed_bytes(info.in_features * info.out_features) + scale_bytes * rows * info.out_features
     encoding = f"INT4 block {block}"
     if info.zero_point == "integer":
         nbytes += _packed_bytes(rows * info.out_features)

@@ -27,18 +27,20 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     path = folder / "model.onnx"
     model = _load(path)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             module = node.input[0].removesuffix(WEIGHT_SUFFIX)
-            names = [*node.input, *(name for name in (module + BIAS_SUFFIX,) if name in tensors)]
+            nodes = [*(casts[name] for name in node.input if name in casts), node]
+            sources = [casts[name].input[0] if name in casts else name for name in node.input]
+            names = [*sources, *(name for name in (module + BIAS_SUFFIX,) if name in tensors)]
             parts = [_with_data(tensors[name], path) for name in names]
-            yield module, np.ascontiguousarray(_evaluate(node, parts, model).T)
+            yield module, np.ascontiguousarray(_evaluate(nodes, parts, model).T)
 
 
-def _evaluate(node: onnx.NodeProto, parts: list[onnx.TensorProto], model: onnx.ModelProto) -> F32:
-    """Run the file's own node, with its group bias if it has one, in a graph of its own: float32 [K, N]."""
-    nodes = [node]
-    result = node.output[0]
+def _evaluate(nodes: list[onnx.NodeProto], parts: list[onnx.TensorProto], model: onnx.ModelProto) -> F32:
+    """Run the file's own nodes, with the group bias if there is one, in a graph of their own: float32 [K, N]."""
+    result = nodes[-1].output[0]
     if parts[-1].name.endswith(BIAS_SUFFIX):
         nodes += _add_group_bias(result, list(parts[0].dims), parts[-1])
         result = "weight"

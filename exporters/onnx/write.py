@@ -45,7 +45,13 @@ def write(
         "l4q.bits": str(checkpoint.quant.bits),
         "l4q.group_size": str(checkpoint.quant.group_size),
     }
-    model = build_model(checkpoint, spec, block_size=options.onnx_block_size, metadata=metadata)
+    model = build_model(
+        checkpoint,
+        spec,
+        block_size=options.onnx_block_size,
+        half_scales=options.onnx_scales == "float16",
+        metadata=metadata,
+    )
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:

@@ -133,7 +133,9 @@ class Engine:
         for layer in model.modules():
             method = getattr(layer, "quant_method", None)
             if method is not None:
-                name = type(getattr(method, "kernel", method)).__name__
+                # compressed-tensors keeps its kernel in the layer's scheme
+                kernel = getattr(method, "kernel", None) or getattr(getattr(layer, "scheme", None), "kernel", method)
+                name = type(kernel).__name__
                 self._kernels[name] = self._kernels.get(name, 0) + 1
 
 

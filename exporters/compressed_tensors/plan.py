@@ -1,0 +1,152 @@
+"""What a compressed-tensors export will hold, under which schemes, and which runtimes load the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from exporters.container import container_bits, container_notes, describe, why_exact
+from exporters.hf_plan import (
+    VLLM_FAST_GROUPS,
+    dense_notes,
+    fused_members,
+    listing,
+    plan_dense,
+    refuse_float,
+    skipped_linears,
+    vllm_problems,
+)
+from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
+from exporters.words import run_length
+from l4q.checkpoint import L4QCheckpoint, WeightInfo
+
+LABEL = "compressed-tensors"
+_TRANSFORMERS = "through compressed-tensors, which unpacks the weights: exact with dtype float32, else rounded"
+SHAPE_BYTES = 16
+"""weight_shape, int64 [2]."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one entry of config_groups says of its modules."""
+
+    group_size: int
+    """Columns per scale, or -1: strategy channel."""
+    symmetric: bool
+
+    def to_dict(self, bits: int) -> dict[str, Any]:
+        """The `weights` section of a config group."""
+        grouped = self.group_size != -1
+        return {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "strategy": "group" if grouped else "channel",
+            "group_size": self.group_size if grouped else None,
+            "dynamic": False,
+        }
+
+
+def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
+    """Plan weight_packed, weight_scale, weight_shape and, if asymmetric, weight_zero_point per quantized linear.
+
+    Raises:
+        UnsupportedError: A module has float zero-points, or the container cannot be written.
+    """
+    refuse_float(checkpoint, LABEL)
+    width = container_bits(checkpoint, options)
+    quantized = [_plan_module(module, checkpoint.info(module), width) for module in checkpoint.modules]
+    dense = plan_dense(checkpoint, options)
+    notes = [*dense_notes(dense, options), *container_notes(checkpoint, width)]
+    slow = sorted({scheme.group_size for scheme in schemes(checkpoint)} - set(VLLM_FAST_GROUPS))
+    if slow:
+        notes.append(
+            f"On a GPU vLLM's fastest kernels take group sizes {VLLM_FAST_GROUPS}; {slow} runs on slower ones."
+        )
+    return ExportPlan(
+        format="compressed-tensors",
+        tensors=(*quantized, *dense),
+        runtimes=(_vllm(checkpoint, options), RuntimeSupport(runtime="transformers", loads=True, reason=_TRANSFORMERS)),
+        notes=tuple(notes),
+    )
+
+
+def scheme_of(checkpoint: L4QCheckpoint, module: str) -> Scheme:
+    """The scheme of one module."""
+    info = checkpoint.info(module)
+    per_row = checkpoint.quant.group_size == -1 and info.groups == 1
+    return Scheme(-1 if per_row else info.group_size, info.zero_point == "none")
+
+
+def schemes(checkpoint: L4QCheckpoint) -> dict[Scheme, list[str]]:
+    """Modules by scheme, in model order."""
+    found: dict[Scheme, list[str]] = {}
+    for module in checkpoint.modules:
+        found.setdefault(scheme_of(checkpoint, module), []).append(module)
+    return found
+
+
+def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> dict[str, Any]:
+    """The quantization_config section that vLLM and transformers read.
+
+    One scheme targets all linears; several name their modules. `ignore` holds what stays dense, by exact names.
+    """
+    width, found = container_bits(checkpoint, options), schemes(checkpoint)
+    groups = {
+        f"group_{number}": {
+            "targets": ["Linear"] if len(found) == 1 else modules,
+            "weights": scheme.to_dict(width),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for number, (scheme, modules) in enumerate(found.items())
+    }
+    head = [] if "lm_head" in checkpoint.modules else ["lm_head"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*head, *skipped_linears(checkpoint)],
+    }
+
+
+def module_nbytes(info: WeightInfo, width: int) -> int:
+    """Bytes of the three or four tensors of one linear."""
+    per_run, words = run_length(width)
+    packed = info.out_features * -(-info.in_features // per_run) * words * 4
+    zeros = 0 if info.zero_point == "none" else -(-info.out_features // per_run) * words * 4 * info.groups
+    return packed + zeros + 2 * info.out_features * info.groups + SHAPE_BYTES
+
+
+def _plan_module(module: str, info: WeightInfo, width: int) -> PlannedTensor:
+    zeros = "" if info.zero_point == "none" else ",weight_zero_point"
+    return PlannedTensor(
+        name=module,
+        target=f"{module}.{{weight_packed,weight_scale,weight_shape{zeros}}}",
+        encoding=f"{describe(info.bits, width)} group {info.group_size}, {'asymmetric' if zeros else 'symmetric'}",
+        shape=(info.out_features, info.in_features),
+        nbytes=module_nbytes(info, width),
+        fidelity=Fidelity.EXACT,
+        reason=why_exact(info.bits, width),
+        quantized=True,
+    )
+
+
+def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions) -> RuntimeSupport:
+    reason = vllm_problems(checkpoint, options) or listing(_uneven(checkpoint))
+    return RuntimeSupport(runtime="vLLM", loads=not reason, reason=reason)
+
+
+def _uneven(checkpoint: L4QCheckpoint) -> list[str]:
+    """Fused layers whose members differ in scheme, or whose zero-points do not fill whole words per member."""
+    per_run, _ = run_length(4)
+    problems = []
+    for layer, members in fused_members(checkpoint).items():
+        found = {scheme_of(checkpoint, member) for member in members}
+        rows = [checkpoint.info(member).out_features for member in members]
+        if len(found) > 1:
+            problems.append(f"{layer} needs one scheme for {len(members)} members, these have {len(found)}")
+        elif not found.pop().symmetric and any(count % per_run for count in rows):
+            problems.append(f"{layer}: zero-points of members with {rows} rows do not fill words of {per_run}")
+    return problems

@@ -1,0 +1,86 @@
+"""Codes of few bits in wider fields: how int3 and int2 checkpoints reach runtimes that have int4 kernels only.
+
+The weight stays what it is, (q - z) * s. A symmetric code moves up with its midpoint, q + 2**(width-1) - 2**(bits-1);
+with integer zero-points q and z are stored as they are. The disk holds `width` bits per code, and the plan says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from exporters.plan import ExportOptions
+from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import UnsupportedError
+from l4q.weight import QuantizedWeight
+
+# vLLM's CPU kernel, AWQ and compressed-tensors 0.17's own decoder hold 4 bits. Dense 3-bit words (exporters/words.py
+# packs them) stay unwritten as long as no released reader that could judge them runs beside the pinned vLLM: 0.17 packs
+# ten 3-bit values a word, later releases and vLLM's loader 32 values in 3 words.
+CONTAINER_BITS = (4,)
+DEFAULT_CONTAINER = 4
+
+
+def container_bits(checkpoint: L4QCheckpoint, options: ExportOptions) -> int:
+    """Bits per stored code: `options.container_bits`, or 4, the width that vLLM on a CPU has a kernel for.
+
+    Raises:
+        UnsupportedError: No format here writes that width, or a code does not fit it.
+    """
+    width = DEFAULT_CONTAINER if options.container_bits is None else options.container_bits
+    if width not in CONTAINER_BITS:
+        raise UnsupportedError(
+            "codes of this width cannot be written",
+            where="container_bits",
+            got=width,
+            expected=f"one of {list(CONTAINER_BITS)}",
+            remedy="leave --container-bits out: codes of 2 and 3 bits are held exactly by 4-bit fields",
+        )
+    wide = sorted(
+        {checkpoint.info(module).bits for module in checkpoint.modules if checkpoint.info(module).bits > width}
+    )
+    if wide:
+        raise UnsupportedError(
+            "the codes do not fit the container",
+            where="container_bits",
+            got=f"bits {wide}",
+            expected=f"at most {width}",
+            remedy="train with --bits 4 or fewer",
+        )
+    return width
+
+
+def widen(weight: QuantizedWeight, width: int) -> QuantizedWeight:
+    """The same weight with codes of `width` bits, at least its own: `dequantize` gives the same float32 bits.
+
+    Raises:
+        UnsupportedError: The weight has float mins.
+    """
+    if weight.bits == width:
+        return weight
+    if weight.zero_point == "none":
+        shift = np.uint8((1 << (width - 1)) - (1 << (weight.bits - 1)))
+        return replace(weight, codes=weight.codes + shift, bits=width)
+    return replace(weight, zeros=weight.integer_zeros(), bits=width)
+
+
+def describe(bits: int, width: int) -> str:
+    """Words for a plan's encoding: "int4", or "int3 in 4-bit fields"."""
+    return f"int{bits}" if bits == width else f"int{bits} in {width}-bit fields"
+
+
+def why_exact(bits: int, width: int) -> str:
+    """A plan's reason for calling such a tensor exact."""
+    if bits == width:
+        return "codes, zero-points and fp16 scales are stored as they are"
+    return f"{width}-bit fields hold every {bits}-bit code; fp16 scales are stored as they are"
+
+
+def container_notes(checkpoint: L4QCheckpoint, width: int) -> tuple[str, ...]:
+    """One line on the price of the container, or nothing if the codes have its width."""
+    narrow = sorted({checkpoint.info(module).bits for module in checkpoint.modules} - {width})
+    if not narrow:
+        return ()
+    bits = "- and ".join(str(value) for value in narrow)
+    return (f"{bits}-bit codes are stored in {width}-bit fields: exact, but {width} bits on disk and in memory.",)
