@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from l4q.checkpoint import save_checkpoint
-from l4q.config import GROUP_MULTIPLE, LoraConfig, QuantConfig
+from l4q.config import GROUP_MULTIPLE, GridLearning, Init, LoraConfig, QuantConfig
 from l4q.errors import UsageError
 from l4q.files import find_side_files
 from l4q.linear import L4QLinear
@@ -32,7 +32,13 @@ class WrapReport:
 
 
 def wrap_linears(
-    model: nn.Module, quant: QuantConfig, lora: LoraConfig, *, skip_indivisible: bool = False
+    model: nn.Module,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    *,
+    init: Init = "l4q",
+    learning: GridLearning | None = None,
+    skip_indivisible: bool = False,
 ) -> WrapReport:
     """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
 
@@ -40,6 +46,8 @@ def wrap_linears(
         model: A causal language model; its output embeddings are never touched.
         quant: The grid.
         lora: Rank, scaling and the patterns of target modules.
+        init: How scales and offsets start, see `l4q.init`.
+        learning: What of the grid trains; everything by default.
         skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
 
     Raises:
@@ -64,7 +72,8 @@ def wrap_linears(
     model.requires_grad_(False)
     for name in wrapped:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, L4QLinear.from_linear(candidates[name], quant, lora))
+        layer = L4QLinear.from_linear(candidates[name], quant, lora, init=init, learning=learning)
+        setattr(model.get_submodule(parent), attribute, layer)
     return WrapReport(wrapped=tuple(wrapped), dense=tuple(name for name in linears if name not in set(wrapped)))
 
 

@@ -1,4 +1,4 @@
-"""L4Q's mathematics on plain tensors: initialisation, grids, fake quantization, freezing.
+"""L4Q's mathematics on plain tensors: grids, fake quantization, freezing (initialisation: `l4q.init`).
 
 Symbols follow the paper (arXiv 2402.04902, eqs 3-30), with unsigned codes. Q_N = -2**(n-1), Q_P = 2**(n-1)-1, n bits:
 
@@ -67,6 +67,21 @@ class StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+class ScaleGradient(torch.autograd.Function):
+    """The value unchanged, its gradient times a constant: LSQ's gradient scaling."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
+        """Return `value`."""
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scale the gradient."""
+        return grads[0] * ctx.factor, None
+
+
 def snap_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
     """Nearest scales on the grid, within [SCALE_MIN, SCALE_MAX], in the dtype of `scales`.
 
@@ -86,26 +101,6 @@ def ceil_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
     step = 16 if grid == "fp16_s7" else 1
     above = (snapped.to(torch.float16).view(torch.int16) + step).view(torch.float16).to(scales.dtype)
     return torch.where(snapped < scales, above, snapped).clamp(max=SCALE_MAX)
-
-
-def init_qparams(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """L4Q_init (eqs 36-38): s = max(|min W / Q_N|, |max W / Q_P|) per group, b = 0; no weight is clipped at the start.
-
-    s is rounded *up* onto the scale grid: rounded to nearest, the group's extreme weight would land outside
-    [Q_N, Q_P] in about half of the groups and lose its gradient.
-
-    Args:
-        weight: [out, in], any float dtype.
-        quant: The grid.
-
-    Returns:
-        scales, offsets: float32 (float64 for float64 weights), each [out, in / group_size].
-    """
-    grouped = _grouped(weight.detach().to(_compute_dtype(weight)), quant.resolve_group_size(weight.shape[1]))
-    low = grouped.amin(-1) / -quant.midpoint
-    high = grouped.amax(-1) / (quant.max_code - quant.midpoint)
-    scales = ceil_scales(torch.maximum(low, high).clamp(min=SCALE_MIN), quant.scale_grid)
-    return scales, torch.zeros_like(scales)
 
 
 def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig) -> GridParams:
@@ -217,7 +212,3 @@ def _code_blocks(
 
 def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return weight.view(weight.shape[0], -1, group_size)
-
-
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
