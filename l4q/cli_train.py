@@ -9,8 +9,17 @@ from typing import Any, get_args
 import click
 
 from l4q.cli_common import run
-from l4q.config import SUPPORTED_BITS, LoraConfig, QuantConfig, ScaleGrid, ZeroPoint
-from l4q.train_options import EvalOptions, OptimOptions, TrainDtype, TrainOptions
+from l4q.config import (
+    SUPPORTED_BITS,
+    GradientScale,
+    GridLearning,
+    Init,
+    LoraConfig,
+    QuantConfig,
+    ScaleGrid,
+    ZeroPoint,
+)
+from l4q.train_options import EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 RESULT_LINES = {
@@ -31,6 +40,18 @@ RESULT_LINES = {
 @click.option(
     "--scale-grid", type=click.Choice(get_args(ScaleGrid)), help="Scale values; default follows --zero-point."
 )
+@click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
+@click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
+@click.option("--train-offsets/--no-train-offsets", default=True, help="Whether the offsets train, if there are any.")
+@click.option(
+    "--gradient-scale",
+    type=click.Choice(get_args(GradientScale)),
+    default="none",
+    help="Factor on the gradients of scales and offsets; lsq = 1 / sqrt(weights per group * Q_P).",
+)
+@click.option(
+    "--lora-warmup-steps", type=int, default=0, help="First steps that train plain LoRA; then quantization starts."
+)
 @click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size does not divide.")
 @click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
 @click.option("--rank", type=int, default=8, help="LoRA rank.")
@@ -42,6 +63,12 @@ RESULT_LINES = {
 @click.option("--weight-decay", type=float, default=0.01, help="On A and B only.")
 @click.option("--warmup-ratio", type=float, default=0.1, help="Share of the steps spent warming up.")
 @click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm; 0 = off.")
+@click.option(
+    "--optim-state",
+    type=click.Choice(get_args(OptimState)),
+    default="float32",
+    help="How AdamW keeps its moments; 8bit needs bitsandbytes.",
+)
 @click.option("--steps", type=int, help="Optimizer steps.  [default: one epoch]")
 @click.option("--epochs", type=float, help="Passes over the data, instead of --steps.")
 @click.option("--batch-size", type=int, default=1, help="Sequences per forward pass.")
@@ -95,6 +122,12 @@ def parse_options(values: dict[str, Any]) -> TrainOptions:
             weight_decay=take("weight_decay"),
             warmup_ratio=take("warmup_ratio"),
             max_grad_norm=take("max_grad_norm"),
+            state=take("optim_state"),
+        ),
+        learning=GridLearning(
+            train_scales=take("train_scales"),
+            train_offsets=take("train_offsets"),
+            gradient_scale=take("gradient_scale"),
         ),
         evaluation=EvalOptions(text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows")),
         **rest,

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
+from l4q.config import QuantConfig
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
-from l4q.model import load_trainable_state, save_l4q, wrap_linears
+from l4q.model import WrapReport, load_trainable_state, save_l4q, wrap_linears
 from l4q.run_folder import RunFolder
 from l4q.train_options import EvalOptions, TrainOptions
 from l4q.train_state import TRAINABLE, load_tensors, read_json, write_json
@@ -76,7 +77,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     model.to(args.device)
     perplexities = evaluator.measure("base", model)
     set_seed(options.seed)
-    report = wrap_linears(model, options.quant, options.lora, skip_indivisible=options.leave_dense)
+    report = wrap_model(model, options)
     log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
     perplexities |= evaluator.measure("start", model)
     run.start(options, data.facts())
@@ -85,7 +86,9 @@ def train(options: TrainOptions) -> dict[str, Any]:
     state = _fit_model(model, args, options, run, data, padding_id(tokenizer))
     seconds = time.monotonic() - began
     perplexities |= evaluator.measure("trained", model)
-    _freeze(model, tokenizer, options, run)
+    if run.checkpoint.exists():  # from a run that was killed before it recorded its result
+        shutil.rmtree(run.checkpoint)
+    save_frozen(model, tokenizer, options, run.checkpoint)
     result = {
         "run": str(run.path),
         "checkpoint": str(run.checkpoint),
@@ -132,6 +135,22 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
+    """Wrap the linears of a loaded model as these options say.
+
+    Raises:
+        UsageError: The options do not fit the model, see `wrap_linears`.
+    """
+    return wrap_linears(
+        model,
+        options.quant,
+        options.lora,
+        init=options.init,
+        learning=options.learning,
+        skip_indivisible=options.leave_dense,
+    )
+
+
 def context_length(model: Any) -> int | None:
     """The model's longest sequence in tokens, if its config says so."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -153,6 +172,8 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         max_grad_norm=options.optim.max_grad_norm,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        # s and b take no part in a LoRA warm-up.
+        ddp_find_unused_parameters=options.lora_warmup_steps > 0,
         seed=options.seed,
         data_seed=options.seed,
         save_strategy="steps",
@@ -176,6 +197,7 @@ def _fit_model(
         args,
         optim=options.optim,
         keep_states=options.keep_states,
+        lora_warmup_steps=options.lora_warmup_steps,
         train_dataset=data.examples,
         data_collator=make_collator(pad),
     )
@@ -193,7 +215,21 @@ def _fit_model(
     return dict(vars(trainer.state))
 
 
-def _freeze(model: Any, tokenizer: Any, options: TrainOptions, run: RunFolder) -> None:
+def save_frozen(
+    model: Any, tokenizer: Any, options: TrainOptions, out: Path, *, quant: QuantConfig | None = None
+) -> None:
+    """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
+
+    Args:
+        model: The wrapped model; it is moved to the CPU.
+        tokenizer: Of the base model.
+        options: Of the run.
+        out: Folder to create.
+        quant: The grid, if it is no longer that of the options.
+
+    Raises:
+        UsageError: The folder exists, or scales are not finite.
+    """
     model.to("cpu")
     with TemporaryDirectory() as scratch:
         folder = Path(options.model)
@@ -202,9 +238,7 @@ def _freeze(model: Any, tokenizer: Any, options: TrainOptions, run: RunFolder) -
             tokenizer.save_pretrained(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
-        if run.checkpoint.exists():  # from a run that was killed before it recorded its result
-            shutil.rmtree(run.checkpoint)
-        save_l4q(model, run.checkpoint, quant=options.quant, side_files_from=folder)
+        save_l4q(model, out, quant=quant or options.quant, side_files_from=folder)
 
 
 def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from l4q.config import LoraConfig, QuantConfig
+from l4q.config import GridLearning, Init, LoraConfig, QuantConfig, check_init
 from l4q.errors import UsageError
 
 TrainDtype = Literal["float32", "bfloat16"]
+OptimState = Literal["float32", "bfloat16", "8bit"]
 
 # A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
 SCALE_LR_RATIO = 1 / 20
@@ -35,6 +37,8 @@ class OptimOptions:
     """Share of all steps spent warming up."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this total norm; 0 = no clipping."""
+    state: OptimState = "float32"
+    """How AdamW's moments are kept: "bfloat16" halves them, "8bit" needs bitsandbytes."""
 
     def __post_init__(self) -> None:
         """Fill in the derived learning rates and check ranges."""
@@ -44,6 +48,7 @@ class OptimOptions:
         for name in ("lr", "scale_lr", "offset_lr", "weight_decay", "max_grad_norm"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        require(self.state in get_args(OptimState), "optim_state", self.state, f"one of {get_args(OptimState)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,11 @@ class TrainOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimOptions = field(default_factory=OptimOptions)
     evaluation: EvalOptions = field(default_factory=EvalOptions)
+    init: Init = "l4q"
+    """How scales and offsets start, see `l4q.init`."""
+    learning: GridLearning = field(default_factory=GridLearning)
+    lora_warmup_steps: int = 0
+    """First optimizer steps that train plain LoRA; then s and b start from the merged weights."""
     leave_dense: bool = False
     """Leave layers dense whose in_features the group size does not divide."""
     steps: int | None = None
@@ -113,16 +123,56 @@ class TrainOptions:
         for name in ("batch_size", "grad_accum", "save_every", "keep_states"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
+        check_init(self.init, self.quant)
+        warmup, longest = self.lora_warmup_steps, float("inf") if self.steps is None else self.steps
+        require(0 <= warmup < longest, "lora_warmup_steps", warmup, "at least 0 and fewer than the run's steps")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         return {key: _plain(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: object = None) -> TrainOptions:
+        """The options that `to_dict` made plain; options a run's version did not have yet get their defaults.
+
+        Raises:
+            UsageError: An option is unknown or required ones are missing.
+        """
+        rest = dict(values)
+        known = {item.name for item in fields(cls)}
+        odd = sorted(rest.keys() - known) or sorted({"model", "data", "out"} - rest.keys())
+        if odd:
+            raise UsageError(
+                "the recorded options are not those of this version",
+                where=where,
+                got=sorted(rest),
+                expected=f"without unknown and with all required ones; odd: {odd}",
+                remedy="use the version of l4q that the run's config.json names",
+            )
+        made: dict[str, Any] = {
+            name: kind(**_typed(rest.pop(name))) for name, kind in _SECTIONS.items() if name in rest
+        }
+        return cls(**made, **_typed(rest))
 
     def identity(self) -> dict[str, Any]:
         """The options that decide the trained weights; the data is identified by its hash instead."""
         return {key: value for key, value in self.to_dict().items() if key not in _INCIDENTAL}
 
 
+_SECTIONS = {
+    "quant": QuantConfig,
+    "lora": LoraConfig,
+    "optim": OptimOptions,
+    "evaluation": EvalOptions,
+    "learning": GridLearning,
+}
+# option -> its type, where that is not the JSON one
+_TYPES = {
+    "data": lambda paths: tuple(map(Path, paths)),
+    "out": Path,
+    "text": lambda path: None if path is None else Path(path),
+    "target_modules": tuple,
+}
 _INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite")
 
 
@@ -142,3 +192,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _TYPES[key](value) if key in _TYPES else value for key, value in values.items()}

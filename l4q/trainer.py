@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from l4q.errors import UsageError
 from l4q.files import staged_folder
 from l4q.model import load_trainable_state, trainable_state
+from l4q.optim import make_optimizer
 from l4q.train_callbacks import FiniteGradients, StepReport, diverged
 from l4q.train_options import OptimOptions
 from l4q.train_state import (
@@ -32,6 +33,7 @@ from l4q.train_state import (
     state_folder,
     write_json,
 )
+from l4q.warmup import LoraWarmup
 
 # last part of a parameter's name -> the group whose learning rate it follows
 PARAMETER_GROUPS = {"lora_A": "lora", "lora_B": "lora", "scales": "scales", "offsets": "offsets"}
@@ -74,13 +76,21 @@ class L4QTrainer(Trainer):
         args: Trainer settings; output_dir is the run folder.
         optim: Learning rates and weight decay.
         keep_states: Saved states to keep.
+        lora_warmup_steps: First steps that train plain LoRA.
         **kwargs: Passed on to transformers.Trainer (train_dataset, data_collator, ...).
     """
 
     optimizer: Any
 
     def __init__(
-        self, model: Any, args: TrainingArguments, *, optim: OptimOptions, keep_states: int, **kwargs: Any
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        optim: OptimOptions,
+        keep_states: int,
+        lora_warmup_steps: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Build the Trainer and replace its console callbacks."""
         super().__init__(model=model, args=args, **kwargs)
@@ -93,17 +103,18 @@ class L4QTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(self._report)
         self.add_callback(FiniteGradients(self._run))
+        self.add_callback(LoraWarmup(lora_warmup_steps))
 
     def close(self) -> None:
         """End the progress bar of a run that stopped early."""
         self._report.close()
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW over `parameter_groups`."""
+        """AdamW over `parameter_groups`, its moments kept as the options say."""
         if self.optimizer is None:
             groups = parameter_groups(self.model if model is None else model, self._optim)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            self.optimizer = make_optimizer(groups, self._optim.state, betas=betas, eps=self.args.adam_epsilon)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
