@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from l4q.base import BaseWeight, PackedBase, base_linear, dense_base
 from l4q.config import GridLearning, Init, LoraConfig, QuantConfig
 from l4q.errors import UsageError
-from l4q.init import init_qparams
+from l4q.init import Start, init_qparams
 from l4q.quant import (
     GridParams,
     LoraUpdate,
@@ -37,7 +38,7 @@ class L4QFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: BaseWeight,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scales: torch.Tensor,
@@ -46,7 +47,8 @@ class L4QFunction(torch.autograd.Function):
         max_code: int,
     ) -> torch.Tensor:
         """Merge, quantize, multiply; x is [..., in], the result [..., out] in x's dtype."""
-        ctx.save_for_backward(x, weight, lora_a, lora_b, scales, mins)
+        ctx.packed = weight if isinstance(weight, PackedBase) else None
+        ctx.save_for_backward(x, None if ctx.packed is not None else weight, lora_a, lora_b, scales, mins)
         ctx.scaling, ctx.max_code = scaling, max_code
         update, params = LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins)
         return F.linear(x, fake_quantize(weight, update, params, max_code, x.dtype))
@@ -59,6 +61,7 @@ class L4QFunction(torch.autograd.Function):
         W, w, q and dL/dW_q exist for one run of rows at a time.
         """
         x, weight, lora_a, lora_b, scales, mins = ctx.saved_tensors
+        weight = weight if ctx.packed is None else ctx.packed
         dtype = scales.dtype
         update = LoraUpdate(lora_a.to(dtype), lora_b.to(dtype), ctx.scaling)
         grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
@@ -94,12 +97,13 @@ class L4QLinear(nn.Module):
     and b from the merged weight.
 
     Args:
-        weight: W0, shared, not copied.
+        weight: W0, shared, not copied; dense or packed (`l4q.base`).
         bias: Of the layer, or None.
         quant: The grid.
         lora: Rank, scaling and dropout.
         init: How s and b start, see `l4q.init`.
         learning: What of the grid trains.
+        qparams: s and b of a pre-quantized start, used instead of `init`; also a LoRA warm-up leaves them.
     """
 
     quantizing: bool
@@ -107,13 +111,14 @@ class L4QLinear(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        weight: nn.Parameter | PackedBase,
         bias: nn.Parameter | None,
         quant: QuantConfig,
         lora: LoraConfig,
         *,
         init: Init = "l4q",
         learning: GridLearning | None = None,
+        qparams: Start | None = None,
     ) -> None:
         super().__init__()
         self.quant, self.lora, self.init, self.learning = quant, lora, init, learning or GridLearning()
@@ -126,7 +131,8 @@ class L4QLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(lora.rank, self.in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora.rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # peft's and torch.nn.Linear's choice of a
-        start = init_qparams(weight, quant, init)
+        self.keeps_grid = qparams is not None
+        start = qparams or init_qparams(dense_base(weight), quant, init)
         self.scales = nn.Parameter(start.scales, requires_grad=self.learning.train_scales)
         trained = self.learning.train_offsets and quant.zero_point != "none"
         self.offsets = nn.Parameter(start.offsets, requires_grad=trained)
@@ -140,10 +146,15 @@ class L4QLinear(nn.Module):
         *,
         init: Init = "l4q",
         learning: GridLearning | None = None,
+        base: nn.Parameter | PackedBase | None = None,
+        qparams: Start | None = None,
     ) -> L4QLinear:
-        """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid."""
+        """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid.
+
+        `base` replaces the weight, for example by a packed copy of it.
+        """
         weight, bias = cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
-        return cls(weight, bias, quant, lora, init=init, learning=learning)
+        return cls(weight if base is None else base, bias, quant, lora, init=init, learning=learning, qparams=qparams)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out] through the quantized merged weight (in a warm-up: the merged weight)."""
@@ -156,7 +167,7 @@ class L4QLinear(nn.Module):
             )
         else:
             low = F.linear(F.linear(x, lora_a.to(x.dtype)), self.lora_B.to(x.dtype))
-            y = F.linear(x, self.weight.to(x.dtype)) + self.lora.scaling * low
+            y = base_linear(x, self.weight) + self.lora.scaling * low
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def update(self) -> LoraUpdate:
@@ -178,7 +189,7 @@ class L4QLinear(nn.Module):
     @torch.no_grad()
     def start_quantization(self) -> None:
         """Initialise s and b from the merged weight W0 + scaling * B A and quantize from the next forward on."""
-        for rows in row_blocks(self.weight):
+        for rows in () if self.keeps_grid else row_blocks(self.weight):
             merged = merge_lora(self.weight, self.update(), rows, self.scales.dtype)
             self.scales[rows], self.offsets[rows] = init_qparams(merged, self.quant, self.init)
         self.quantizing = True

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from l4q.base import BaseWeight, base_rows
 from l4q.config import QuantConfig, ScaleGrid
 from l4q.weight import QuantizedWeight
 
@@ -123,7 +124,7 @@ def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig)
     return GridParams(snapped, mins, -mins / snapped)
 
 
-def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
+def row_blocks(weight: BaseWeight) -> Iterator[slice]:
     """Runs of rows that fit a CPU core's cache, so that the elementwise passes over a weight read memory once.
 
     On other devices the whole weight is one block. Training and freezing walk the same blocks, so that B @ A is
@@ -135,16 +136,16 @@ def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def merge_lora(weight: torch.Tensor, update: LoraUpdate, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+def merge_lora(weight: BaseWeight, update: LoraUpdate, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """W = W0 + scaling * B @ A (eq 7) for a run of rows: a new [rows, in] tensor in `dtype`.
 
     Args:
-        weight: W0 [out, in].
+        weight: W0 [out, in], dense or packed (`l4q.base`).
         update: A, B and the scaling.
         rows: The rows to merge.
         dtype: float32 in training and freezing, whatever the dtype of W0.
     """
-    base = weight[rows].to(dtype)
+    base = base_rows(weight, rows, dtype)
     return torch.addmm(base, update.b[rows].to(dtype), update.a.to(dtype), alpha=update.scaling)
 
 
@@ -155,7 +156,7 @@ def position_(weight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor) ->
 
 
 def fake_quantize(
-    weight: torch.Tensor, update: LoraUpdate, params: GridParams, max_code: int, dtype: torch.dtype | None = None
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, max_code: int, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """W_q = q * s + m with q = round(clamp(w, 0, max_code)) of the merged weight (eqs 7-10), without gradients.
 
@@ -177,7 +178,7 @@ def fake_quantize(
 
 
 def freeze_weight(
-    weight: torch.Tensor, update: LoraUpdate, params: GridParams, quant: QuantConfig, name: str = ""
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, quant: QuantConfig, name: str = ""
 ) -> QuantizedWeight:
     """Turn a merged weight into integers.
 
@@ -202,7 +203,7 @@ def freeze_weight(
 
 
 def _code_blocks(
-    weight: torch.Tensor, update: LoraUpdate, params: GridParams, max_code: int
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, max_code: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Codes of each run of rows as whole float numbers [rows, groups, group_size], free to be overwritten."""
     for rows in row_blocks(weight):
