@@ -77,6 +77,7 @@ RESULT_LINES = {
 @click.option("--seed", type=int, default=0, help="Seed of LoRA's A, data order and dropout.")
 @click.option("--dtype", type=click.Choice(get_args(TrainDtype)), default="float32", help="Dtype of the frozen model.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, one more forward pass.")
+@click.option("--fsdp", is_flag=True, help="Under torchrun or accelerate launch: shard the model, do not copy it.")
 @click.option("--save-every", type=int, default=100, help="Steps between saved states.")
 @click.option("--keep-states", type=int, default=2, help="Saved states to keep.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or start it if there is none.")
@@ -88,10 +89,13 @@ RESULT_LINES = {
 def command(as_json: bool, **values: Any) -> None:
     """Fine-tune MODEL (a Hugging Face folder or id) with L4Q and freeze it to --out/checkpoint."""
     options = parse_options(values)
+    from l4q.distributed import is_main, leave
     from l4q.train import train
 
     result = train(options)
-    click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    if is_main():
+        click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    leave()
 
 
 def parse_options(values: dict[str, Any]) -> TrainOptions:
@@ -144,3 +148,7 @@ def format_result(result: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point of the `l4q-train` script."""
     run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -134,10 +134,12 @@ class RunFolder:
 
 
 def _record(options: TrainOptions, data_facts: dict[str, Any]) -> dict[str, Any]:
+    from l4q.distributed import process_count
+
     return {
         "l4q_run": RUN_FORMAT,
         "options": options.to_dict(),
-        "identity": options.identity(),
+        "identity": options.identity() | ({"processes": process_count()} if process_count() > 1 else {}),
         "data": data_facts,
         "versions": current_versions(),
     }

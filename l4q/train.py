@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 
 from l4q.config import QuantConfig
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
+from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard, shard_model
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
-from l4q.model import WrapReport, load_trainable_state, save_l4q, wrap_linears
+from l4q.model import WrapReport, load_trainable_state, save_l4q, unquantized, wrap_linears
 from l4q.run_folder import RunFolder
+from l4q.state_tensors import saved_tensors
 from l4q.train_options import EvalOptions, TrainOptions
-from l4q.train_state import TRAINABLE, load_tensors, read_json, write_json
+from l4q.train_state import TRAINABLE, read_json, write_json
 from l4q.trainer import L4QTrainer
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Evaluator:
         if not self.windows:
             return {}
         value = windows_perplexity(model, self.windows).value
+        reshard(model)
         log.info("perplexity, %s: %.3f", stage, value)
         return {stage: value}
 
@@ -60,34 +63,40 @@ def train(options: TrainOptions) -> dict[str, Any]:
         UnsupportedError: A model or chat template that cannot be trained.
         DivergedError: The loss or a gradient became NaN or infinite.
     """
+    options = replace(options, fsdp=fsdp_requested() or options.fsdp)
+    args = training_arguments(options)
+    device = args.device  # joins the other processes, if there are any
+    quiet_others()
     run = RunFolder(options.out)
-    run.claim(options)
+    decide(lambda: run.claim(options))
     model, tokenizer = load_model(options)
     context = context_length(model)
     data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
     log.info("data: %s", data.facts())
     evaluator = Evaluator(windows=_windows(options.evaluation, tokenizer, context))
-    run.check(options, data.facts())
-    finished = run.finished(options)
+    decide(lambda: run.check(options, data.facts()))
+    finished = decide(lambda: run.finished(options))
     if finished is not None:
         log.info("the run is complete; nothing to do")
         return finished
 
-    args = training_arguments(options)
-    model.to(args.device)
-    perplexities = evaluator.measure("base", model)
     set_seed(options.seed)
+    if not options.fsdp:
+        model.to(device)
     report = wrap_model(model, options)
     log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
+    if options.fsdp:
+        shard_model(model, device)
+    with unquantized(model):
+        perplexities = evaluator.measure("base", model)
     perplexities |= evaluator.measure("start", model)
-    run.start(options, data.facts())
+    decide(lambda: run.start(options, data.facts()))
 
     began = time.monotonic()
     state = _fit_model(model, args, options, run, data, padding_id(tokenizer))
     seconds = time.monotonic() - began
     perplexities |= evaluator.measure("trained", model)
-    if run.checkpoint.exists():  # from a run that was killed before it recorded its result
-        shutil.rmtree(run.checkpoint)
+    decide(lambda: shutil.rmtree(run.checkpoint, ignore_errors=True))  # of a run killed before it recorded its result
     save_frozen(model, tokenizer, options, run.checkpoint)
     result = {
         "run": str(run.path),
@@ -100,7 +109,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         "dense_layers": len(report.dense),
         "data": data.facts(),
     }
-    write_json(run.result, result)
+    decide(lambda: write_json(run.result, result))
     return result
 
 
@@ -162,6 +171,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     epochs = 1.0 if options.epochs is None else options.epochs
     return TrainingArguments(
         output_dir=str(options.out),
+        use_cpu=on_cpu_processes(),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
         max_steps=options.steps or -1,
@@ -201,12 +211,12 @@ def _fit_model(
         train_dataset=data.examples,
         data_collator=make_collator(pad),
     )
-    point = run.resume_point()
+    point = decide(run.resume_point)
     if point is not None:
         log.info("continuing from %s", point[1])
         saved: dict[str, Any] = read_json(point[1] / "trainer_state.json")
         if saved["global_step"] >= saved["max_steps"]:  # killed between the last step and the freeze
-            load_trainable_state(model, load_tensors(point[1] / TRAINABLE))
+            load_trainable_state(model, saved_tensors(point[1] / TRAINABLE))
             return saved
     try:
         trainer.train(resume_from_checkpoint=str(point[1]) if point else None)
@@ -221,7 +231,7 @@ def save_frozen(
     """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
 
     Args:
-        model: The wrapped model; it is moved to the CPU.
+        model: The wrapped model; it is moved to the CPU, if it is not sharded.
         tokenizer: Of the base model.
         options: Of the run.
         out: Folder to create.
@@ -230,7 +240,8 @@ def save_frozen(
     Raises:
         UsageError: The folder exists, or scales are not finite.
     """
-    model.to("cpu")
+    if not is_sharded(model):
+        model.to("cpu")
     with TemporaryDirectory() as scratch:
         folder = Path(options.model)
         if not folder.is_dir():  # a hub id: the tokenizer and generation settings come from the loaded objects

@@ -104,6 +104,8 @@ class TrainOptions:
     """Dtype of the frozen weights and the activations; A, B, s and b are always float32."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    fsdp: bool = False
+    """Shard the model over the processes of a launcher (FSDP2) instead of giving each a copy (DDP)."""
     save_every: int = 100
     """Optimizer steps between saved states; the last step is always saved."""
     keep_states: int = 2
@@ -173,7 +175,7 @@ _TYPES = {
     "text": lambda path: None if path is None else Path(path),
     "target_modules": tuple,
 }
-_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite")
+_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp")
 
 
 def require(condition: bool, option: str, got: object, expected: str) -> None:

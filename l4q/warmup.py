@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from l4q.distributed import gathered_units
 from l4q.errors import UsageError
+from l4q.linear import L4QLinear
 from l4q.model import l4q_layers
 
 log = logging.getLogger(__name__)
@@ -34,8 +36,10 @@ def start_warmup(model: nn.Module) -> None:
 
 def start_quantization(model: nn.Module) -> None:
     """Initialise every wrapped layer's s and b from its merged weight and quantize from now on."""
-    for _, layer in l4q_layers(model):
-        layer.start_quantization()
+    for members in gathered_units(model, changed=("scales", "offsets")):
+        for _, layer in members:
+            if isinstance(layer, L4QLinear):
+                layer.start_quantization()
 
 
 class LoraWarmup(TrainerCallback):
