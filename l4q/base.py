@@ -20,19 +20,18 @@ storage, W0 *is* the dequantized values: training, freezing and resuming all mer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from l4q.bitpack import pack_codes
+from l4q.config import BaseStorage
 from l4q.errors import UsageError
 
 if TYPE_CHECKING:
     from l4q.starts.grid import LinearGrid
-
-BaseStorage = Literal["dense", "int8", "int4", "start"]
 
 # storage -> (bits, columns per block)
 BLOCKS = {"int8": (8, 64), "int4": (4, 32)}

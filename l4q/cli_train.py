@@ -11,6 +11,7 @@ import click
 from l4q.cli_common import run
 from l4q.config import (
     SUPPORTED_BITS,
+    BaseStorage,
     GradientScale,
     GridLearning,
     Init,
@@ -76,6 +77,12 @@ RESULT_LINES = {
 @click.option("--max-length", type=int, help="Tokens per sequence.  [default: 1024, at most the model's context]")
 @click.option("--seed", type=int, default=0, help="Seed of LoRA's A, data order and dropout.")
 @click.option("--dtype", type=click.Choice(get_args(TrainDtype)), default="float32", help="Dtype of the frozen model.")
+@click.option(
+    "--base-storage",
+    type=click.Choice(get_args(BaseStorage)),
+    default="dense",
+    help="Keep the frozen weights dense, in 8- or 4-bit blocks, or as the integers of a pre-quantized MODEL.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, one more forward pass.")
 @click.option("--fsdp", is_flag=True, help="Under torchrun or accelerate launch: shard the model, do not copy it.")
 @click.option("--save-every", type=int, default=100, help="Steps between saved states.")
@@ -87,7 +94,10 @@ RESULT_LINES = {
 @click.option("--eval-windows", type=int, default=12, help="Number of windows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **values: Any) -> None:
-    """Fine-tune MODEL (a Hugging Face folder or id) with L4Q and freeze it to --out/checkpoint."""
+    """Fine-tune MODEL with L4Q and freeze it to --out/checkpoint.
+
+    MODEL is a Hugging Face folder or id, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file.
+    """
     options = parse_options(values)
     from l4q.distributed import is_main, leave
     from l4q.train import train

@@ -12,6 +12,7 @@ ZeroPoint = Literal["none", "integer", "float"]
 ScaleGrid = Literal["fp16", "fp16_s7"]
 Init = Literal["l4q", "lsq+", "symm", "asymm"]
 GradientScale = Literal["none", "lsq"]
+BaseStorage = Literal["dense", "int8", "int4", "start"]
 
 FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4)

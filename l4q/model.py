@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from l4q.base import BaseStorage
 from l4q.checkpoint import save_checkpoint
-from l4q.config import GROUP_MULTIPLE, GridLearning, Init, LoraConfig, QuantConfig
+from l4q.config import GROUP_MULTIPLE, BaseStorage, GridLearning, Init, LoraConfig, QuantConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
@@ -39,6 +39,16 @@ class WrapReport:
     """Wrapped modules that multiply with a pre-quantized start's own weights, each of them equal."""
     notes: tuple[tuple[str, str], ...] = ()
     """(module, why not) of the other modules of a pre-quantized start; they are initialised like any weight."""
+
+    def describe_start(self) -> list[str]:
+        """How a pre-quantized start was taken over, one line per outcome; nothing for a plain model."""
+        lines = []
+        if self.reproduced:
+            lines.append(f"{len(self.reproduced)} layers start with the model's own integers, bit for bit")
+        for reason, count in Counter(reason for _, reason in self.notes).items():
+            example = next(name for name, why in self.notes if why == reason)
+            lines.append(f"{count} layers start anew, for example {example}: {reason}")
+        return lines
 
 
 def wrap_linears(
@@ -108,6 +118,11 @@ def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, L4QLinear):
             yield name, module
+
+
+def trained_grid(model: nn.Module) -> QuantConfig:
+    """The grid of the wrapped layers."""
+    return next(layer.quant for _, layer in l4q_layers(model))
 
 
 @contextmanager

@@ -20,8 +20,10 @@ from l4q.data import TrainingData, load_training_data, make_collator, padding_id
 from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard, shard_model
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
-from l4q.model import WrapReport, load_trainable_state, save_l4q, unquantized, wrap_linears
+from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
 from l4q.run_folder import RunFolder
+from l4q.starts import open_start
+from l4q.starts.match import fit_scale_grid
 from l4q.state_tensors import saved_tensors
 from l4q.train_options import EvalOptions, TrainOptions
 from l4q.train_state import TRAINABLE, read_json, write_json
@@ -73,7 +75,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     context = context_length(model)
     data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
     log.info("data: %s", data.facts())
-    evaluator = Evaluator(windows=_windows(options.evaluation, tokenizer, context))
+    evaluator = Evaluator(windows=evaluation_windows(options.evaluation, model, tokenizer))
     decide(lambda: run.check(options, data.facts()))
     finished = decide(lambda: run.finished(options))
     if finished is not None:
@@ -81,9 +83,11 @@ def train(options: TrainOptions) -> dict[str, Any]:
         return finished
 
     set_seed(options.seed)
-    if not options.fsdp:
+    if not options.fsdp and options.base_storage == "dense":
         model.to(device)
     report = wrap_model(model, options)
+    if not options.fsdp:
+        model.to(device)  # packed weights are packed on the CPU: the device never sees them dense
     log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
     if options.fsdp:
         shard_model(model, device)
@@ -120,6 +124,10 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
         UsageError: The folder or model id does not exist or is incomplete.
         UnsupportedError: transformers knows no causal language model for it.
     """
+    start = open_start(options.model)
+    if start is not None:
+        log.info("%s: a %s start", start.path, start.format)
+        return start.load(getattr(torch, options.dtype))
     path = Path(options.model)
     looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
     if looks_local and not path.is_dir():
@@ -150,14 +158,25 @@ def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
     Raises:
         UsageError: The options do not fit the model, see `wrap_linears`.
     """
-    return wrap_linears(
+    start, quant = open_start(options.model), options.quant
+    if start is not None:
+        start.attach(model)
+        quant = fit_scale_grid((grid for grid in map(start.grid, start.modules()) if grid is not None), quant)
+    if quant != options.quant:
+        log.info("scale_grid %s, as %s does not hold the start's scales", quant.scale_grid, options.quant.scale_grid)
+    report = wrap_linears(
         model,
-        options.quant,
+        quant,
         options.lora,
         init=options.init,
         learning=options.learning,
         skip_indivisible=options.leave_dense,
+        start=start,
+        storage=options.base_storage,
     )
+    for line in report.describe_start():
+        log.info("%s", line)
+    return report
 
 
 def context_length(model: Any) -> int | None:
@@ -226,7 +245,13 @@ def _fit_model(
 
 
 def save_frozen(
-    model: Any, tokenizer: Any, options: TrainOptions, out: Path, *, quant: QuantConfig | None = None
+    model: Any,
+    tokenizer: Any,
+    options: TrainOptions,
+    out: Path,
+    *,
+    quant: QuantConfig | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
 
@@ -235,7 +260,7 @@ def save_frozen(
         tokenizer: Of the base model.
         options: Of the run.
         out: Folder to create.
-        quant: The grid, if it is no longer that of the options.
+        quant: The grid, if it is not that of the model's layers.
 
     Raises:
         UsageError: The folder exists, or scales are not finite.
@@ -249,7 +274,7 @@ def save_frozen(
             tokenizer.save_pretrained(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
-        save_l4q(model, out, quant=quant or options.quant, side_files_from=folder)
+        save_l4q(model, out, quant=quant or trained_grid(model), side_files_from=folder, overwrite=overwrite)
 
 
 def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:
@@ -262,14 +287,20 @@ def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:
     }
 
 
-def _windows(options: EvalOptions, tokenizer: Any, context: int | None) -> list[list[int]]:
+def evaluation_windows(options: EvalOptions, model: Any, tokenizer: Any) -> list[list[int]]:
+    """The windows to measure perplexity on; none without a text.
+
+    Raises:
+        UsageError: The text cannot be read or is too short, or a window exceeds the model's context.
+    """
     if options.text is None:
         return []
     try:
         text = options.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("the evaluation text cannot be read", where=options.text, got=error) from error
-    return text_windows(tokenizer, text, _fit(options.window, DEFAULT_WINDOW, context), options.windows)
+    window = _fit(options.window, DEFAULT_WINDOW, context_length(model))
+    return text_windows(tokenizer, text, window, options.windows)
 
 
 def _fit(asked: int | None, default: int, context: int | None) -> int:

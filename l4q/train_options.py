@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from l4q.config import GridLearning, Init, LoraConfig, QuantConfig, check_init
+from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig, check_init
 from l4q.errors import UsageError
 
 TrainDtype = Literal["float32", "bfloat16"]
@@ -72,7 +72,7 @@ class TrainOptions:
     """
 
     model: str
-    """Hugging Face model id or folder."""
+    """Hugging Face model id or folder, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file."""
     data: tuple[Path, ...]
     """Training files, see `l4q.data_records`."""
     out: Path
@@ -102,6 +102,8 @@ class TrainOptions:
     """Fixes LoRA's initial A, the order of the data and dropout."""
     dtype: TrainDtype = "float32"
     """Dtype of the frozen weights and the activations; A, B, s and b are always float32."""
+    base_storage: BaseStorage = "dense"
+    """How the frozen W0 is kept: dense, in 8- or 4-bit blocks, or as a pre-quantized start's integers (`l4q.base`)."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
     fsdp: bool = False
@@ -122,6 +124,8 @@ class TrainOptions:
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
+        storages = get_args(BaseStorage)
+        require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from l4q.base import BaseStorage, PackedBase
-from l4q.config import QuantConfig
+from l4q.base import PackedBase
+from l4q.config import BaseStorage, QuantConfig
 from l4q.errors import UsageError
 from l4q.init import Start
 from l4q.linear import L4QLinear

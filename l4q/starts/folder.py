@@ -63,6 +63,9 @@ class FolderStart:
             )
         return start
 
+    def attach(self, model: Any) -> None:
+        """Nothing to learn: the file names layers as the model does."""
+
     def modules(self) -> tuple[str, ...]:
         """Quantized modules in model order."""
         return self._modules

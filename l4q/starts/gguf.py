@@ -61,7 +61,7 @@ LINEAR_TYPES: dict[str, tuple[int, Callable[[U8], Fields]]] = {
 
 
 class GgufStart:
-    """A GGUF file; see `PretrainedStart`. `grid` and `modules` work after `load`, which learns the names."""
+    """A GGUF file; see `PretrainedStart`. `grid` and `modules` know nothing before `load` or `attach`."""
 
     format = "gguf"
 
@@ -122,7 +122,7 @@ class GgufStart:
                 remedy="copy it again",
             )
         _as_plain_model(model)
-        self._learn_names(model)
+        self.attach(model)
         return model, repair_tokenizer(tokenizer, self._field("tokenizer.ggml.pre"))
 
     def modules(self) -> tuple[str, ...]:
@@ -162,7 +162,8 @@ class GgufStart:
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
 
-    def _learn_names(self, model: Any) -> None:
+    def attach(self, model: Any) -> None:
+        """Learn which tensor of the file holds which parameter of a loaded model, and how its rows are permuted."""
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             TensorProcessor,

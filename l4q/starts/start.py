@@ -22,6 +22,10 @@ class PretrainedStart(Protocol):
         """The model with dequantized weights in `dtype`, and its tokenizer."""
         ...
 
+    def attach(self, model: Any) -> None:
+        """Learn what a model loaded earlier, by `load`, calls its layers."""
+        ...
+
     def grid(self, module: str) -> LinearGrid | None:
         """The integers of one linear layer by its Hugging Face module name; None if it has none."""
         ...
