@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from l4q.config import QuantConfig
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
 from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard, shard_model
 from l4q.errors import UnsupportedError, UsageError
@@ -96,8 +95,9 @@ def train(options: TrainOptions) -> dict[str, Any]:
     perplexities |= evaluator.measure("start", model)
     decide(lambda: run.start(options, data.facts()))
 
-    began = time.monotonic()
+    began, use_cache = time.monotonic(), model.config.use_cache
     state = _fit_model(model, args, options, run, data, padding_id(tokenizer))
+    model.config.use_cache = use_cache  # the Trainer switches it off, and the checkpoint would generate without one
     seconds = time.monotonic() - began
     perplexities |= evaluator.measure("trained", model)
     decide(lambda: shutil.rmtree(run.checkpoint, ignore_errors=True))  # of a run killed before it recorded its result
@@ -244,15 +244,7 @@ def _fit_model(
     return dict(vars(trainer.state))
 
 
-def save_frozen(
-    model: Any,
-    tokenizer: Any,
-    options: TrainOptions,
-    out: Path,
-    *,
-    quant: QuantConfig | None = None,
-    overwrite: bool = False,
-) -> None:
+def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *, overwrite: bool = False) -> None:
     """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
 
     Args:
@@ -260,7 +252,7 @@ def save_frozen(
         tokenizer: Of the base model.
         options: Of the run.
         out: Folder to create.
-        quant: The grid, if it is not that of the model's layers.
+        overwrite: Replace an existing folder.
 
     Raises:
         UsageError: The folder exists, or scales are not finite.
@@ -274,7 +266,7 @@ def save_frozen(
             tokenizer.save_pretrained(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
-        save_l4q(model, out, quant=quant or trained_grid(model), side_files_from=folder, overwrite=overwrite)
+        save_l4q(model, out, quant=trained_grid(model), side_files_from=folder, overwrite=overwrite)
 
 
 def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:
