@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -173,7 +173,7 @@ _SECTIONS = {
     "learning": GridLearning,
 }
 # option -> its type, where that is not the JSON one
-_TYPES = {
+_TYPES: dict[str, Callable[[Any], Any]] = {
     "data": lambda paths: tuple(map(Path, paths)),
     "out": Path,
     "text": lambda path: None if path is None else Path(path),

@@ -148,8 +148,9 @@ def test_frozen_weight_is_the_forward_bit_for_bit(init: Any, kind: Any, bits: in
 def test_rounding_error_is_at_most_half_a_step(init: Any, kind: Any) -> None:
     """An unclipped start puts every weight within half a step of its value."""
     quant = QuantConfig(group_size=32, zero_point=kind)
-    layer = L4QLinear.from_linear(nn.Linear(96, 64, bias=False), quant, LoraConfig(), init=init)
-    error = (layer.quantized_weight() - layer.weight).abs().view(64, 3, 32).amax(-1)
+    linear = nn.Linear(96, 64, bias=False)
+    layer = L4QLinear.from_linear(linear, quant, LoraConfig(), init=init)
+    error = (layer.quantized_weight() - linear.weight).abs().view(64, 3, 32).amax(-1)
     assert torch.all(error <= layer.grid().scales * (0.5 + 1e-4))
     assert error.max() > 0
 

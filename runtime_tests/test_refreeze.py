@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from l4q.checkpoint import L4QCheckpoint
-from l4q.cli_refreeze import command
+from l4q.cli_refreeze import command, format_result
 from l4q.config import QuantConfig
 from l4q.errors import UsageError
 from l4q.linear import L4QLinear
@@ -192,20 +194,17 @@ def test_command_prints_weight_error_and_perplexity(base: TrainOptions, glassllm
     from l4q.evaluate import text_windows, windows_perplexity
 
     text = glassllm_dir.parent / "text" / "wiki_demo.txt"
-    arguments = [str(base.out), "--out", str(tmp_path / "int"), "--zero-point", "integer"]
+    arguments = [str(base.out), "--out", str(tmp_path / "int"), "--zero-point", "integer", "--json"]
     arguments += ["--eval-text", str(text), "--eval-windows", "3"]
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    table = {
-        line.rsplit(None, 3)[0]: line.split()[-3:] for line in done.stdout.splitlines() if line.startswith("model.")
-    }
-    assert len(table) == 24
-    assert "overall" in done.stdout
-    as_json = CliRunner().invoke(command, [*arguments, "--overwrite", "--json"], catch_exceptions=False)
-    result = json.loads(as_json.stdout)
-    assert {loss["name"]: f"{loss['frozen']:.5f}" for loss in result["weight_loss"][:-1]} == {
-        name: figures[1] for name, figures in table.items()
-    }
+    result = json.loads(done.stdout)
+    lines = [line.split() for line in format_result(result).splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line[0].startswith(("model.", "overall"))}
+    assert len(rows) == 24 + 1
+    for loss in result["weight_loss"]:
+        assert rows[loss["name"]] == [f"{loss[key]:.5f}" for key in ("trained", "frozen", "change")]
+    assert ["perplexity,", "frozen", f"{result['perplexity']['frozen']:.4f}"] in lines
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "int", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "int")
     measured = windows_perplexity(model, text_windows(tokenizer, text.read_text(encoding="utf-8"), 128, 3)).value
@@ -235,3 +234,18 @@ def test_bad_requests_write_nothing(base: TrainOptions, tmp_path: Path) -> None:
     finally:
         state.write_bytes(whole)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), [(["--help"], 0, ""), (["/no/such/run", "--out", "x"], 2, "/no/such/run")]
+)
+def test_help_and_usage_errors_are_light(arguments: list[str], code: int, message: str) -> None:
+    """`l4q freeze` explains itself and refuses a missing folder without importing torch."""
+    program = (
+        "import atexit, sys; from l4q.cli import main; atexit.register(lambda: print('torch' in sys.modules)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "freeze", *arguments], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.endswith("False\n")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
