@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,15 @@ LINEAR_TYPES: dict[str, tuple[int, Callable[[U8], Fields]]] = {
     "Q4_0": (4, q4_0_fields),
     "Q4_1": (4, q4_1_fields),
     "Q8_0": (8, q8_0_fields),
+}
+
+
+# attribute of a tokenizer -> the key of its token's id
+SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
 }
 
 
@@ -123,6 +132,7 @@ class GgufStart:
             )
         _as_plain_model(model)
         self.attach(model)
+        self._complete(tokenizer, context=getattr(model.config, "max_position_embeddings", None))
         return model, repair_tokenizer(tokenizer, self._field("tokenizer.ggml.pre"))
 
     def modules(self) -> tuple[str, ...]:
@@ -150,9 +160,8 @@ class GgufStart:
 
     @cached_property
     def _reader(self) -> Any:
-        from gguf import GGUFReader
-
-        return GGUFReader(self.path)
+        facts = self.path.stat()
+        return _read(self.path, facts.st_mtime_ns, facts.st_size)
 
     @cached_property
     def _tensors(self) -> dict[str, Any]:
@@ -175,10 +184,29 @@ class GgufStart:
         found = get_gguf_hf_weights_map(model, self._processor)
         self._names = {hf_name: target for target, hf_name in found.items() if target in self._tensors}
 
+    def _complete(self, tokenizer: Any, context: int | None) -> None:
+        """Special tokens and chat template that transformers' reader leaves out."""
+        for name, key in SPECIAL_TOKENS.items():
+            number = self._field(key)
+            if getattr(tokenizer, name) is None and number is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number)))
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = self._field("tokenizer.chat_template")
+        if context is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+
     def _hf_rows(self, part: npt.NDArray[Any], name: str) -> torch.Tensor:
         """Rows in Hugging Face's order: [rows, anything] of a GGUF tensor, permuted as transformers does."""
         moved = self._processor.process(weights=part, name=name, tensor_key_mapping={}, parsed_parameters={}).weights
         return torch.from_numpy(np.ascontiguousarray(moved))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed: int, size: int) -> Any:
+    """Parse a file once: with a large vocabulary that takes seconds. `changed` and `size` tell its versions apart."""
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
 
 
 def integer_points(scales: torch.Tensor, mins: torch.Tensor, top: int) -> torch.Tensor | None:
@@ -220,7 +248,8 @@ def _as_plain_model(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config._name_or_path = ""  # the file's general.name, which is neither a path nor a model id
+    model.config.architectures = [type(model).__name__]
+    vars(model.config).pop("_model_name_or_path", None)  # the file's general.name, neither a path nor a model id
     # The file holds the float32 nearest to 1e-5, say; its short form is the same float32.
     epsilon = getattr(model.config, "rms_norm_eps", None)
     if epsilon is not None:
