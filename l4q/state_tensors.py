@@ -31,7 +31,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     """Write tensors as safetensors, from any device."""
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        # safetensors refuses shared memory, and bitsandbytes' parameters share their code tables.
+        plain[name] = kept.clone() if kept.data_ptr() in seen and kept.numel() else kept
+        seen.add(kept.data_ptr())
     # Not save_file: it leaves the file readable by its owner only.
     path.write_bytes(save(plain, metadata=dict(metadata) if metadata else None))
 
