@@ -225,7 +225,9 @@ def is_sharded_tensor(tensor: torch.Tensor) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in full on every process; all of them must ask for it together if it is sharded."""
-    return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[operator]
+    sharded: Any = tensor
+    full: torch.Tensor = sharded.full_tensor() if is_sharded_tensor(tensor) else tensor
+    return full
 
 
 def own_rows(tensor: torch.Tensor) -> Rows:
@@ -234,7 +236,8 @@ def own_rows(tensor: torch.Tensor) -> Rows:
         return Rows(0, tensor.shape[0] if tensor.ndim else 1, tensor.detach())
     total = tensor.shape[0]
     step = -(-total // process_count())  # FSDP2 splits as torch.chunk does: all but the last parts are this large
-    return Rows(min(process_index() * step, total), total, tensor.detach().to_local())  # type: ignore[operator]
+    sharded: Any = tensor.detach()
+    return Rows(min(process_index() * step, total), total, sharded.to_local())
 
 
 def like(rows: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
