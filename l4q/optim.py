@@ -6,13 +6,14 @@ which is less than half of bfloat16's spacing (0.4 to 0.8 %), so rounded to near
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from l4q.distributed import is_sharded_tensor, own_rows
 from l4q.errors import UnsupportedError
 from l4q.train_options import OptimState
 
@@ -24,8 +25,8 @@ EIGHT_BIT = {"bitsandbytes": "bitsandbytes.optim"}
 class Bf16AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's update in float32, its moments kept in bfloat16 between steps.
 
-    The rounding noise depends on a parameter's step and position only, so a resumed run and every process of a
-    data-parallel one round alike, and no other random number changes.
+    The rounding noise depends on a parameter's step and position only: a resumed run rounds alike, so do the processes
+    of a parallel one, sharded or not, and no other random number changes.
 
     Args:
         params: Parameters or groups, as for any torch optimizer.
@@ -74,26 +75,33 @@ class Bf16AdamW(torch.optim.Optimizer):
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
-        value, grad = _local(parameter), _local(parameter.grad)
-        mean, square = (_local(state[key]) for key in MOMENTS)
+        rows = own_rows(parameter)
+        value, grad = rows.tensor, own_rows(parameter.grad).tensor  # type: ignore[arg-type]
+        mean, square = (own_rows(state[key]).tensor for key in MOMENTS)
         beta1, beta2 = group["betas"]
         first = mean.to(value.dtype).lerp_(grad, 1 - beta1)
         second = square.to(value.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         value.mul_(1 - group["lr"] * group["weight_decay"])
         denominator = (second.sqrt() / (1 - beta2 ** state["step"]) ** 0.5).add_(group["eps"])
         value.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
-        noise = torch.Generator(value.device).manual_seed(state["step"] * 1_000_003 + position)
-        mean.copy_(round_stochastic(first, noise))
-        square.copy_(round_stochastic(second, noise))
+        generator = torch.Generator(value.device).manual_seed(state["step"] * 1_000_003 + position)
+        for stored, exact in ((mean, first), (square, second)):
+            # of the whole tensor: the rows of another process would take other numbers otherwise
+            noise = random_bits(parameter.shape, generator)
+            stored.copy_(round_stochastic(exact, noise[rows.start : rows.start + exact.shape[0]]))
 
 
-def round_stochastic(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def random_bits(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Noise for `round_stochastic`: int32 numbers below 2**16, on the generator's device."""
+    return torch.randint(0, 1 << 16, tuple(shape), dtype=torch.int32, device=generator.device, generator=generator)
+
+
+def round_stochastic(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Round to one of the two nearest bfloat16 values, up with the probability of the distance; right on average.
 
     Adding 16 random bits below bfloat16's last one carries into it exactly that often.
     """
     bits = values.to(torch.float32).view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
@@ -117,15 +125,16 @@ def _eight_bit(groups: list[dict[str, Any]], **settings: Any) -> Any:
             where="optim_state",
             got=f"none of {list(EIGHT_BIT)} is installed",
             expected="bitsandbytes, whose AdamW8bit is used",
-            remedy="pip install bitsandbytes, or use --optim-state bfloat16",
+            remedy="pip install 'l4q[8bit]' (bitsandbytes), or use --optim-state bfloat16",
+        )
+    if any(is_sharded_tensor(parameter) for group in groups for parameter in group["params"]):
+        raise UnsupportedError(
+            "8-bit optimizer states cannot be sharded",
+            where="optim_state",
+            got=f"a model sharded by --fsdp; {found} keeps its states per whole tensor",
+            remedy="use --optim-state bfloat16, or leave --fsdp out",
         )
     return import_module(found).AdamW8bit(groups, **settings)
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    """The part of a sharded tensor (FSDP2) that lies on this process; AdamW is elementwise."""
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 OPTIMIZERS: dict[OptimState, Callable[..., Any]] = {
