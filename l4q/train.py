@@ -19,6 +19,7 @@ from l4q.data import TrainingData, load_training_data, make_collator, padding_id
 from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard, shard_model
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
+from l4q.files import portable_tokenizer_config
 from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
 from l4q.run_folder import RunFolder
 from l4q.starts import open_start
@@ -142,12 +143,13 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
             got=str(error).splitlines()[0],
             expected="a folder with config.json, safetensors and tokenizer, or a model id of the hub",
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(
             "transformers cannot load this as a causal language model",
             where=options.model,
             got=str(error).splitlines()[0],
             expected="an architecture of AutoModelForCausalLM",
+            remedy="if it is a pre-quantized model of the hub, download it and give the folder",
         ) from error
     return model, tokenizer
 
@@ -261,9 +263,10 @@ def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *,
         model.to("cpu")
     with TemporaryDirectory() as scratch:
         folder = Path(options.model)
-        if not folder.is_dir():  # a hub id: the tokenizer and generation settings come from the loaded objects
+        if not folder.is_dir():  # a hub id or a GGUF file: tokenizer and generation settings come from what was loaded
             folder = Path(scratch)
             tokenizer.save_pretrained(folder)
+            portable_tokenizer_config(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
         save_l4q(model, out, quant=trained_grid(model), side_files_from=folder, overwrite=overwrite)

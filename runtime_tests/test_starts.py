@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -425,4 +426,8 @@ def test_a_run_from_a_start(glassllm_dir: Path, tmp_path: Path, caplog: pytest.L
     checkpoint = L4QCheckpoint.open(result["checkpoint"])
     assert checkpoint.quant.scale_grid == ("fp16" if source == "gptq" else "fp16_s7")
     assert len(checkpoint.modules) == 14
+    assert checkpoint.config["_name_or_path"] == model.stem
     assert AutoTokenizer.from_pretrained(result["checkpoint"])("12  a")["input_ids"]
+    if source == "gguf":
+        settings = json.loads((checkpoint.path / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"

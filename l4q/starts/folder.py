@@ -109,6 +109,7 @@ class FolderStart:
                 expected=architecture.__name__,
                 remedy="copy the whole folder again; fused or renamed layers cannot be read",
             )
+        model.config.name_or_path = self.path.resolve().name
         return model, transformers.AutoTokenizer.from_pretrained(self.path)
 
     def _state(self, dtype: torch.dtype) -> Tensors:

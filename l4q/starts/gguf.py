@@ -131,6 +131,7 @@ class GgufStart:
                 remedy="copy it again",
             )
         _as_plain_model(model)
+        model.config.name_or_path = self.path.stem
         self.attach(model)
         self._complete(tokenizer, context=getattr(model.config, "max_position_embeddings", None))
         return model, repair_tokenizer(tokenizer, self._field("tokenizer.ggml.pre"))
