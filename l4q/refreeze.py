@@ -115,6 +115,7 @@ def refreeze(options: FreezeOptions) -> dict[str, Any]:
     if in_warmup(step, recorded.lora_warmup_steps):
         log.info("step %d lies in the LoRA warm-up: scales and offsets start from its merged weights", step)
         start_quantization(model)
+    model.to(torch.accelerator.current_accelerator() or "cpu")
     perplexities = evaluator.measure("trained", model)
     losses = [] if target == trained else regrid_model(model, target)
     perplexities |= evaluator.measure("frozen", model)
