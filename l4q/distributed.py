@@ -2,8 +2,8 @@
 
 Started by torchrun or accelerate launch, every process runs the whole of `l4q.train.train`. Process 0 alone writes the
 run folder; what it finds there is told to the others (`decide`). A model is either replicated (DDP, the Trainer's
-business) or sharded by `shard_model` with torch's FSDP2: every parameter is a DTensor of which each process keeps a run
-of rows, and the blocks of the model are gathered one at a time, in the forward, the backward and when freezing.
+business) or sharded by `l4q.sharding` with torch's FSDP2: every parameter is a DTensor of which each process keeps a
+run of rows, and the blocks of the model are gathered one at a time, in the forward, the backward and when freezing.
 
 FSDP2 keeps dtypes: frozen 16-bit weights and float32 A, B, s and b travel in one gather, as bytes. Of accelerate's FSDP
 settings only the fact that they are on is used: its plugin knows no CPU processes, and shards under other rules.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from l4q.errors import L4QError, PeerError, UnsupportedError, UsageError
+from l4q.errors import L4QError, PeerError, UsageError
 from l4q.files import staged_folder
 
 T = TypeVar("T")
@@ -141,42 +141,8 @@ def shared_stage(target: Path) -> Iterator[Path]:
     decide(lambda: context.__exit__(None, None, None))
 
 
-def shard_model(model: nn.Module, device: torch.device) -> None:
-    """Shard every parameter over the processes with FSDP2 and move the model to `device`, block after block.
-
-    Blocks are the entries of the outermost nn.ModuleLists: for a decoder, its layers. What lies outside of them
-    (embeddings, final norm, head) is one more unit, gathered for the whole of a step.
-
-    Raises:
-        UsageError: There is only one process.
-        UnsupportedError: The model has no list of blocks.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    if process_count() < 2:
-        raise UsageError(
-            "FSDP needs several processes",
-            where="--fsdp",
-            got="1 process",
-            remedy="start with torchrun --nproc-per-node N -m l4q.cli_train ..., or leave --fsdp out",
-        )
-    blocks = list(_blocks(model))
-    if not blocks:
-        raise UnsupportedError(
-            "the model cannot be sharded",
-            where=type(model).__name__,
-            expected="a torch.nn.ModuleList of blocks",
-            remedy="train with DDP: leave --fsdp out",
-        )
-    mesh = init_device_mesh(device.type, (process_count(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` has been applied."""
+    """Whether the model is sharded (`l4q.sharding.shard_model`)."""
     return any(True for _ in _units(model))
 
 
@@ -253,14 +219,6 @@ def like(rows: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _blocks(child)
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -16,12 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
-from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard, shard_model
+from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
 from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
 from l4q.run_folder import RunFolder
+from l4q.sharding import hollow_model, reads_weights, shard_model
 from l4q.starts import open_start
 from l4q.starts.match import fit_scale_grid
 from l4q.state_tensors import saved_tensors
@@ -135,7 +136,11 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
         raise UsageError("the model folder does not exist", where=options.model, expected="a Hugging Face model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+        dtype = getattr(torch, options.dtype)
+        if reads_weights(options.fsdp):
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        else:
+            model = hollow_model(options.model, dtype)
     except OSError as error:
         raise UsageError(
             "the model cannot be loaded",

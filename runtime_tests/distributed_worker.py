@@ -10,7 +10,7 @@ from pathlib import Path
 from l4q.config import LoraConfig, QuantConfig
 from l4q.distributed import decide, leave, process_index
 from l4q.errors import L4QError
-from l4q.train import train
+from l4q.train import load_model, train
 from l4q.train_options import TrainOptions
 from runtime_tests.train_runs import rewind
 
@@ -51,6 +51,9 @@ def main(model: Path, data: Path, folder: Path) -> None:
         failure = "none"
     except L4QError as error:
         failure = f"{type(error).__name__} {error.exit_code}: {error}"
+    loaded, _ = load_model(replace(options, fsdp=True))
+    weight = max(float(parameter.abs().max()) for parameter in loaded.parameters())
+    (folder / f"weights-{process_index()}.json").write_text(json.dumps(weight), encoding="utf-8")
     (folder / f"failure-{process_index()}.json").write_text(json.dumps(failure), encoding="utf-8")
     leave()
 

@@ -27,9 +27,11 @@ from runtime_tests.distributed_worker import PROCESSES, SAVED, STEPS, global_opt
 from runtime_tests.train_runs import metrics, rewind, same_checkpoints, write_pairs
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2")
-ACCELERATE += ("--num_processes", str(PROCESSES), "--num_machines", "1", "--main_process_port", "0")
-ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no")
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"),
+    *("--num_processes", str(PROCESSES), "--num_machines", "1", "--main_process_port", "0"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,13 @@ def test_fsdp_needs_processes(single: TrainOptions, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="torchrun"):
         train(replace(single, out=tmp_path / "run", fsdp=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_reads_the_weights(runs: Path) -> None:
+    """With FSDP the other process builds the model on zeros; the equal results above prove what it was given."""
+    first, second = (json.loads((runs / f"weights-{index}.json").read_text()) for index in range(PROCESSES))
+    assert first > 0
+    assert second == 0
 
 
 def test_failure_is_told_once(runs: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from l4q.config import QuantConfig
+from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from tools import memory_formula as plan
 from tools.memory_measure import LayerShape, LiveBytes, block_saved, layer_transient, loss_peak, parameter_bytes
@@ -20,25 +20,25 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs/scaling.md"
 SHAPES = (LayerShape(hidden=256, ffn=512, kv=128), LayerShape(hidden=512, ffn=1024, kv=512))
 
 
-def model_of(shape: LayerShape, **changes: int) -> plan.ModelShape:
+def model_of(shape: LayerShape) -> plan.ModelShape:
     """A one-block model of the plan with the sizes that are measured."""
     sizes = {"hidden": shape.hidden, "ffn": shape.ffn, "kv": shape.kv, "heads": shape.hidden // 64}
-    return plan.ModelShape(layers=1, vocabulary=1000, **{**sizes, **changes})
+    return plan.ModelShape(layers=1, vocabulary=1000, tied=False, **sizes)
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_saved_bytes_are_measured(shape: LayerShape, zero_point: str) -> None:
+def test_saved_bytes_are_measured(shape: LayerShape, zero_point: ZeroPoint) -> None:
     """What a block keeps for backward is the formula's number to the byte, and no other size gives that number."""
     measured = block_saved(shape, QuantConfig(zero_point=zero_point), tokens=96)
     setting = plan.Setting(tokens=96, zero_point=zero_point)
     assert plan.saved(model_of(shape), setting) == measured
-    assert plan.saved(model_of(shape, ffn=shape.ffn + 64), setting) != measured
+    assert plan.saved(model_of(replace(shape, ffn=shape.ffn + 64)), setting) != measured
     assert plan.saved(model_of(shape), replace(setting, tokens=97)) != measured
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer"])
-def test_parameter_bytes_are_measured(zero_point: str) -> None:
+def test_parameter_bytes_are_measured(zero_point: ZeroPoint) -> None:
     """Frozen and trainable bytes of a block are the formula's, whether offsets train or not."""
     shape, setting = SHAPES[0], plan.Setting(rank=8, zero_point=zero_point)
     frozen, trainable = parameter_bytes(shape, QuantConfig(zero_point=zero_point), rank=8)

@@ -197,5 +197,6 @@ def flops(model: ModelShape, setting: Setting) -> float:
 
 
 def host_memory(model: ModelShape, setting: Setting) -> float:
-    """Bytes of main memory per machine while loading: every process reads the 16-bit model."""
-    return setting.gpus * 2 * (model.layers * model.block_weights + model.outside)
+    """Bytes of main memory while a machine loads the 16-bit model: with FSDP one process reads it, else every one."""
+    readers = 1 if setting.mode == "fsdp" else setting.gpus
+    return readers * 2 * (model.layers * model.block_weights + model.outside)
