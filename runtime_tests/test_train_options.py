@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from l4q.errors import UnsupportedError, UsageError
 from l4q.init import init_qparams
 from l4q.linear import L4QLinear
 from l4q.optim import Bf16AdamW, make_optimizer, random_bits, round_stochastic
+from l4q.run_folder import RunFolder
 from l4q.state_tensors import save_tensors
 from l4q.train import train
 from l4q.train_options import OptimOptions, TrainOptions
@@ -423,6 +425,23 @@ def test_options_survive_their_record(options: Options) -> None:
         TrainOptions.from_dict({**record, "shape_of_water": 1})
     with pytest.raises(UsageError, match="model"):
         TrainOptions.from_dict({key: value for key, value in record.items() if key != "model"})
+
+
+def test_runs_of_older_versions_resume(options: Options) -> None:
+    """A record without the newer options is a run with their defaults, and is refused with other values."""
+    made, facts = options(), {"sha256": "0"}
+    run = RunFolder(made.out)
+    run.start(made, facts)
+    record = json.loads(run.config.read_text())
+    for section in (record["options"], record["identity"]):
+        for name in ("init", "learning", "lora_warmup_steps"):
+            del section[name]
+        del section["optim"]["state"]
+    run.config.write_text(json.dumps(record))
+    run.check(replace(made, resume=True), facts)
+    for changes in ({"init": "lsq+"}, {"lora_warmup_steps": 2}, {"optim": OptimOptions(state="bfloat16")}):
+        with pytest.raises(UsageError, match=next(iter(changes))):
+            run.check(replace(made, resume=True, **changes), facts)
 
 
 @pytest.mark.parametrize(
