@@ -155,7 +155,7 @@ def test_damaged_parts_are_refused(runs: Path, tmp_path: Path) -> None:
 def test_other_number_of_processes_is_refused(single: TrainOptions, runs: Path, tmp_path: Path) -> None:
     """A run is continued by as many processes as began it, for they share out the batch."""
     copy = rewind(runs / "ddp", tmp_path / "copy", SAVED)
-    with pytest.raises(UsageError, match=r"(?s)only be resumed.*'processes': None.*'processes': 2"):
+    with pytest.raises(UsageError, match=r"(?s)only be resumed.*'processes': 1.*'processes': 2"):
         train(replace(single, out=copy, batch_size=1, resume=True))
 
 
