@@ -6,7 +6,7 @@ import gzip
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def test_an_export_is_evaluated_in_its_own_runtime(checkpoint: Path, text_file: 
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> Iterator[Path]:
+def questions(tmp_path: Path) -> Path:
     """Two local tasks: options in the continuation, and options in the context as in WinoGrande."""
     rows = [
         {"query": "The sea is", "choices": [" blue", " a deep and wide water"], "gold": 0, "tail": ""},

@@ -217,3 +217,12 @@ def test_the_command_runs_cells_resumes_and_ends_with_json(glassllm_dir: Path, t
     assert again.exit_code == 0, again.output
     assert made == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert json.loads(again.stdout.strip().splitlines()[-1])["bits3"] == figures
+
+
+def test_without_results_the_tables_are_blank_and_the_json_null(tmp_path: Path) -> None:
+    """--table-only runs nothing."""
+    done = CliRunner().invoke(command, ["--table-only", "--bits", "3", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "| L4Q none | yes |  |  |  |" in done.stdout
+    assert json.loads(done.stdout.strip().splitlines()[-1])["bits3"]["gap_closed"] is None
+    assert not list(tmp_path.iterdir())

@@ -138,6 +138,7 @@ def _integers(context: click.Context, parameter: click.Parameter, value: str) ->
 @click.option("--assets", type=click.Path(path_type=Path), default=ASSETS, help="Models and texts.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results.  [default: build/reproduce/MODEL]")
 @click.option("--resume", is_flag=True, help="Skip cells that have their result.")
+@click.option("--table-only", is_flag=True, help="Run nothing: print the tables of the results that are there.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the tables to this Markdown file too.")
 def command(
     model: str, methods: str, bits: tuple[int, ...], seeds: tuple[int, ...], device: str, **options: Any
@@ -148,7 +149,8 @@ def command(
     cells = plan_cells(tuple(methods.split(",")), bits, seeds)
     out: Path = options["out"] or RESULTS / model
     out.mkdir(parents=True, exist_ok=True)
-    todo = pending(cells, out, recipe, bits, resume=options["resume"])
+    todo = pending(cells, out, recipe, bits, resume=options["resume"] or options["table_only"])
+    todo = [] if options["table_only"] else todo
     began = time.monotonic()
     failed = run_cells(todo, recipe, bits, options["assets"], out)
     results: Results = load_results(cells, out, bits)
