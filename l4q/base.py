@@ -10,12 +10,14 @@ A packed base holds, per row, a dense little-endian bit stream of codes (`l4q.bi
 | storage | codes                    | block | scales                              | bytes per weight |
 |---------|--------------------------|-------|-------------------------------------|------------------|
 | `dense` |                          |       |                                     | 4 or 2           |
-| `int8`  | round(w / s), -127..127  | 64    | fp16(max|w| / 127), rounded up      | 1.03125          |
-| `int4`  | round(w / s), -7..7      | 32    | fp16(max|w| / 7), rounded up        | 0.5625           |
+| `int8`  | round(w / s), -128..127  | 64    | fp16(e / -127)                      | 1.03125          |
+| `int4`  | round(w / s), -8..7      | 32    | the best of fp16(e / -7, -8, -9)    | 0.5625           |
 | `start` | the start's own integers | its   | its own, fp16 if that holds them    | 0.5625 for Q4_0  |
 
-Scales are rounded up so that the largest weight of a block is not clipped: |W0 - w| <= s / 2 everywhere. Whatever the
-storage, W0 *is* the dequantized values: training, freezing and resuming all merge the same bits (docs/training.md).
+e is the block's weight of largest magnitude. Its sign makes it the lowest code, as there is one more below zero than
+above; |s| is rounded up. "Best" is the least sum of squares: on SmolLM2 the three candidates leave a relative error of
+8.0 %, max|w| / 7 alone 10.1 %. Whatever the storage, W0 *is* the dequantized values: training, freezing and resuming
+all merge the same bits (docs/training.md).
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from l4q.errors import UsageError
 if TYPE_CHECKING:
     from l4q.starts.grid import LinearGrid
 
-# storage -> (bits, columns per block)
-BLOCKS = {"int8": (8, 64), "int4": (4, 32)}
+# storage -> (bits, columns per block, steps between zero and the largest weight to try)
+BLOCKS: dict[str, tuple[int, int, tuple[int, ...]]] = {"int8": (8, 64, (127,)), "int4": (4, 32, (7, 8, 9))}
 _SMALLEST = 2.0**-24
 """The least positive fp16 number: the scale of a block of zeros."""
 _ALIGN = 8
@@ -80,21 +82,26 @@ class PackedBase(nn.Module):
         Raises:
             UsageError: A value is not finite, or too large for an fp16 scale.
         """
-        bits, block = BLOCKS[storage]
+        bits, block, counts = BLOCKS[storage]
         columns = weight.shape[1]
         values = F.pad(weight.detach().float(), (0, -columns % block)).view(weight.shape[0], -1, block)
-        top = (1 << (bits - 1)) - 1
-        scales = _ceil_half(values.abs().amax(-1) / top)
+        extreme = values.gather(-1, values.abs().argmax(-1, keepdim=True))  # [out, blocks, 1]
+        scales = _signed_scale(extreme, counts[0])
         if not bool(torch.isfinite(scales).all()):
             raise UsageError(
                 "a weight is not finite or too large for a quantized base",
                 where=name or None,
                 got=f"largest magnitude {float(weight.abs().max()):g}",
-                expected=f"at most {top * 65504}",
+                expected=f"at most {counts[0] * 65504}",
                 remedy="use --base-storage dense",
             )
-        codes = values.div_(scales.float().unsqueeze(-1)).round_().add_(top + 1).to(torch.uint8)
-        return cls(codes.view(weight.shape[0], -1), scales, bits=bits, block=block, columns=columns)
+        least = _error(values, scales, bits)
+        for count in counts[1:]:
+            other = _signed_scale(extreme, count)
+            error = _error(values, other, bits)
+            scales, least = torch.where(error < least, other, scales), torch.minimum(error, least)
+        codes = _round(values, scales, bits).add_(1 << (bits - 1)).to(torch.uint8)
+        return cls(codes.view(weight.shape[0], -1), scales.squeeze(-1), bits=bits, block=block, columns=columns)
 
     @property
     def shape(self) -> torch.Size:
@@ -178,6 +185,21 @@ def narrow(values: torch.Tensor) -> torch.Tensor:
     """Values as fp16 if that loses none of them, else as they are."""
     half = values.to(torch.float16)
     return half if torch.equal(half.to(values.dtype), values) else values
+
+
+def _signed_scale(extreme: torch.Tensor, count: int) -> torch.Tensor:
+    """fp16 scale that puts the block's extreme weight `count` steps below zero."""
+    return _ceil_half(extreme.abs() / count).copysign(-extreme.to(torch.float16))
+
+
+def _round(values: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes as float numbers."""
+    return (values / scales.float()).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def _error(values: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Sum of squared errors per block, [out, blocks, 1]."""
+    return _round(values, scales, bits).mul_(scales.float()).sub_(values).square_().sum(-1, keepdim=True)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
