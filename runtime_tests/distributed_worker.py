@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from l4q.config import LoraConfig, QuantConfig
 from l4q.distributed import decide, leave, process_index
 from l4q.errors import L4QError
+from l4q.sharding import shard_model
 from l4q.train import load_model, train
 from l4q.train_options import TrainOptions
 from runtime_tests.train_runs import rewind
@@ -37,25 +42,41 @@ def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
 
 
 def main(model: Path, data: Path, folder: Path) -> None:
-    """Train with DDP and with FSDP2, resume both from their states, resume one as the other, and fail once."""
+    """Train with DDP and with FSDP2, resume both from their states, resume each as the other, and fail twice."""
     options = replace(global_options(model, data, folder), batch_size=1)
     ddp, fsdp = folder / "ddp", folder / "fsdp"
     train(replace(options, out=ddp))
     train(replace(options, out=fsdp, fsdp=True, gradient_checkpointing=True))
-    for name, source, sharded in (("ddp_again", ddp, False), ("fsdp_again", fsdp, True), ("crossed", fsdp, False)):
+    for name, source, sharded in (
+        ("ddp_again", ddp, False),
+        ("fsdp_again", fsdp, True),
+        ("fsdp_to_ddp", fsdp, False),
+        ("ddp_to_fsdp", ddp, True),
+    ):
         out = folder / name
         decide(lambda out=out, source=source: rewind(source, out, SAVED))  # type: ignore[misc]
         train(replace(options, out=out, fsdp=sharded, gradient_checkpointing=source is fsdp, resume=True))
-    try:
-        train(replace(options, out=ddp))
-        failure = "none"
-    except L4QError as error:
-        failure = f"{type(error).__name__} {error.exit_code}: {error}"
     loaded, _ = load_model(replace(options, fsdp=True))
     weight = max(float(parameter.abs().max()) for parameter in loaded.parameters())
-    (folder / f"weights-{process_index()}.json").write_text(json.dumps(weight), encoding="utf-8")
-    (folder / f"failure-{process_index()}.json").write_text(json.dumps(failure), encoding="utf-8")
+    note(folder / "weights", weight)
+    unequal = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4 + process_index())])})
+    note(folder / "claim", failure(lambda: train(replace(options, out=ddp))))
+    note(folder / "unequal", failure(lambda: shard_model(unequal, torch.device("cpu"))))
     leave()
+
+
+def failure(action: Callable[[], object]) -> str:
+    """The error an action ends with."""
+    try:
+        action()
+    except L4QError as error:
+        return f"{type(error).__name__} {error.exit_code}: {error}"
+    return "none"
+
+
+def note(path: Path, value: object) -> None:
+    """Tell the test what this process saw."""
+    path.with_name(f"{path.name}-{process_index()}.json").write_text(json.dumps(value), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,11 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def seen(runs: Path, name: str) -> list[Any]:
+    """What each process noted under a name."""
+    return [json.loads((runs / f"{name}-{index}.json").read_text()) for index in range(PROCESSES)]
+
+
 def distance(left: Path, right: Path, step: int = STEPS) -> float:
     """Largest difference of a saved A, B, s or b, relative to its tensor's largest value."""
     pairs = [saved_tensors(run / f"state-{step}/trainable.safetensors") for run in (left, right)]
@@ -89,9 +95,9 @@ def other_weights(left: Path, right: Path) -> float:
     return differ / total
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "crossed"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_to_ddp", "ddp_to_fsdp"])
 def test_two_processes_equal_one(single: TrainOptions, runs: Path, name: str) -> None:
-    """DDP, FSDP2 with checkpointing, and a run that went from one to the other: one process's losses and weights."""
+    """DDP, FSDP2 with checkpointing, and runs that went from one to the other: one process's losses and weights."""
     reference, run = metrics(single.out), metrics(runs / name)
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in run] == pytest.approx([line[key] for line in reference], rel=1e-5)
@@ -168,16 +174,24 @@ def test_fsdp_needs_processes(single: TrainOptions, tmp_path: Path) -> None:
 
 def test_one_process_reads_the_weights(runs: Path) -> None:
     """With FSDP the other process builds the model on zeros; the equal results above prove what it was given."""
-    first, second = (json.loads((runs / f"weights-{index}.json").read_text()) for index in range(PROCESSES))
+    first, second = seen(runs, "weights")
     assert first > 0
     assert second == 0
 
 
 def test_failure_is_told_once(runs: Path) -> None:
     """A refused run folder is process 0's error; the other ends with its exit code and without a message of its own."""
-    first, second = (json.loads((runs / f"failure-{index}.json").read_text()) for index in range(PROCESSES))
+    first, second = seen(runs, "claim")
     assert re.match(r"(?s)UsageError 2: the run folder is not empty.*--resume", first)
     assert second.startswith("PeerError 2: process 0 failed")
+
+
+def test_unequal_models_are_refused(runs: Path) -> None:
+    """Processes that hold different models stop with the difference, instead of waiting for each other forever."""
+    first, second = seen(runs, "unequal")
+    assert first.startswith("UnsupportedError 3: the model is not the same on every process")
+    assert "[4, 4]" in second
+    assert "[5, 4]" in second
 
 
 def test_accelerate_launch_prints_one_result(single: TrainOptions, tmp_path: Path) -> None:
