@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 COUNT_PACKAGES = /^(Collecting|Processing|Requirement)/ { printf "\r    %d of %d", ++n, total; fflush() } \
   /^Installing/ { printf ", unpacking"; fflush() } END { print "" }
 
-.PHONY: help venv assets lint format test demo lock clean distclean
+.PHONY: help venv assets lint format test demo reproduce lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -74,11 +74,14 @@ test: assets lint ## lint, then every test, with the real runtimes
 demo: assets ## train, export and compare on SmolLM2-135M-Instruct; results in build/demo
 	@$(BIN)/python -m tools.demo
 
+reproduce: assets ## compare L4Q with its baselines on glassllm, 4 and 3 bits, 3 seeds; results in build/reproduce
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tools.reproduce --resume
+
 lock: venv ## rewrite requirements.lock from pyproject.toml
 	@$(BIN)/python -m tools.lock
 
 clean: ## remove everything made except .venv and the downloaded assets
-	@rm -rf build/demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf build/demo build/reproduce dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and build too

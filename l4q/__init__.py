@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "QuantConfig": "l4q.config",
     "LoraConfig": "l4q.config",
+    "GridLearning": "l4q.config",
     "QuantizedWeight": "l4q.weight",
     "L4QCheckpoint": "l4q.checkpoint",
     "save_checkpoint": "l4q.checkpoint",

@@ -1,4 +1,4 @@
-"""`l4q`: the three commands as subcommands, each imported only when it is used."""
+"""`l4q`: the commands as subcommands, each imported only when it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Subcommand(NamedTuple):
 
 SUBCOMMANDS = {
     "train": Subcommand("l4q.cli_train", "Fine-tune a model and freeze it to an L4Q checkpoint."),
+    "freeze": Subcommand("l4q.cli_refreeze", "Freeze a saved step of a run, if asked on another grid."),
     "export": Subcommand("exporters.cli", "Convert an L4Q checkpoint for a runtime."),
+    "eval": Subcommand("runtime_tests.cli_eval", "Perplexity and lm_eval tasks of a checkpoint or an export."),
     "parity": Subcommand("runtime_tests.cli", "Compare exports in their runtimes with the checkpoint."),
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
-from l4q.errors import L4QError
+from l4q.errors import L4QError, PeerError, UsageError
 
 INTERRUPTED = 130
 
@@ -50,19 +51,30 @@ def run(command: click.Command) -> NoReturn:
 
 
 def status(command: click.Command) -> int:
-    """Run a command on sys.argv and return its exit code; errors become one message on stderr."""
+    """Run a command on sys.argv and return its exit code; errors become one message on stderr.
+
+    Of the processes of a distributed run only the first reports; another one speaks up when it fails alone.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    logging.getLogger("l4q").setLevel(logging.INFO)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.getLogger("l4q").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     try:
         result = command.main(standalone_mode=False)
     except L4QError as error:
-        click.echo(f"error: {error}", err=True)
+        if rank == 0 or not _everywhere(error):
+            click.echo(f"{'' if rank == 0 else f'process {rank}: '}error: {error}", err=True)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        if rank == 0:
+            error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED
     # With standalone_mode off, --help and --version return click's exit code instead of raising it.
     return result if isinstance(result, int) else 0
+
+
+def _everywhere(error: L4QError) -> bool:
+    """Whether the first process of this machine reports the same error."""
+    return isinstance(error, PeerError) or (isinstance(error, UsageError) and os.environ.get("LOCAL_RANK") != "0")

@@ -9,8 +9,18 @@ from typing import Any, get_args
 import click
 
 from l4q.cli_common import SpreadCommand, run
-from l4q.config import SUPPORTED_BITS, LoraConfig, QuantConfig, ScaleGrid, ZeroPoint
-from l4q.train_options import EvalOptions, OptimOptions, TrainDtype, TrainOptions
+from l4q.config import (
+    SUPPORTED_BITS,
+    BaseStorage,
+    GradientScale,
+    GridLearning,
+    Init,
+    LoraConfig,
+    QuantConfig,
+    ScaleGrid,
+    ZeroPoint,
+)
+from l4q.train_options import EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 RESULT_LINES = {
@@ -31,6 +41,18 @@ RESULT_LINES = {
 @click.option(
     "--scale-grid", type=click.Choice(get_args(ScaleGrid)), help="Scale values; default follows --zero-point."
 )
+@click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
+@click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
+@click.option("--train-offsets/--no-train-offsets", default=True, help="Whether the offsets train, if there are any.")
+@click.option(
+    "--gradient-scale",
+    type=click.Choice(get_args(GradientScale)),
+    default="none",
+    help="Factor on the gradients of scales and offsets; lsq = 1 / sqrt(weights per group * Q_P).",
+)
+@click.option(
+    "--lora-warmup-steps", type=int, default=0, help="First steps that train plain LoRA; then quantization starts."
+)
 @click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size does not divide.")
 @click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
 @click.option("--rank", type=int, default=8, help="LoRA rank.")
@@ -42,6 +64,12 @@ RESULT_LINES = {
 @click.option("--weight-decay", type=float, default=0.01, help="On A and B only.")
 @click.option("--warmup-ratio", type=float, default=0.1, help="Share of the steps spent warming up.")
 @click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm; 0 = off.")
+@click.option(
+    "--optim-state",
+    type=click.Choice(get_args(OptimState)),
+    default="float32",
+    help="How AdamW keeps its moments; 8bit needs bitsandbytes.",
+)
 @click.option("--steps", type=int, help="Optimizer steps.  [default: one epoch]")
 @click.option("--epochs", type=float, help="Passes over the data, instead of --steps.")
 @click.option("--batch-size", type=int, default=1, help="Sequences per forward pass.")
@@ -49,7 +77,14 @@ RESULT_LINES = {
 @click.option("--max-length", type=int, help="Tokens per sequence.  [default: 1024, at most the model's context]")
 @click.option("--seed", type=int, default=0, help="Seed of LoRA's A, data order and dropout.")
 @click.option("--dtype", type=click.Choice(get_args(TrainDtype)), default="float32", help="Dtype of the frozen model.")
+@click.option(
+    "--base-storage",
+    type=click.Choice(get_args(BaseStorage)),
+    default="dense",
+    help="Keep the frozen weights dense, in 8- or 4-bit blocks, or as the integers of a pre-quantized MODEL.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, one more forward pass.")
+@click.option("--fsdp", is_flag=True, help="Under torchrun or accelerate launch: shard the model, do not copy it.")
 @click.option("--save-every", type=int, default=100, help="Steps between saved states.")
 @click.option("--keep-states", type=int, default=2, help="Saved states to keep.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or start it if there is none.")
@@ -59,12 +94,18 @@ RESULT_LINES = {
 @click.option("--eval-windows", type=int, default=12, help="Number of windows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **values: Any) -> None:
-    """Fine-tune MODEL (a Hugging Face folder or id) with L4Q and freeze it to --out/checkpoint."""
+    """Fine-tune MODEL with L4Q and freeze it to --out/checkpoint.
+
+    MODEL is a Hugging Face folder or id, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file.
+    """
     options = parse_options(values)
+    from l4q.distributed import is_main, leave
     from l4q.train import train
 
     result = train(options)
-    click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    if is_main():
+        click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    leave()
 
 
 def parse_options(values: dict[str, Any]) -> TrainOptions:
@@ -95,6 +136,12 @@ def parse_options(values: dict[str, Any]) -> TrainOptions:
             weight_decay=take("weight_decay"),
             warmup_ratio=take("warmup_ratio"),
             max_grad_norm=take("max_grad_norm"),
+            state=take("optim_state"),
+        ),
+        learning=GridLearning(
+            train_scales=take("train_scales"),
+            train_offsets=take("train_offsets"),
+            gradient_scale=take("gradient_scale"),
         ),
         evaluation=EvalOptions(text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows")),
         **rest,
@@ -111,3 +158,7 @@ def format_result(result: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point of the `l4q-train` script."""
     run(command)
+
+
+if __name__ == "__main__":
+    main()

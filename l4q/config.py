@@ -10,6 +10,9 @@ from l4q.errors import UsageError
 
 ZeroPoint = Literal["none", "integer", "float"]
 ScaleGrid = Literal["fp16", "fp16_s7"]
+Init = Literal["l4q", "lsq+", "symm", "asymm"]
+GradientScale = Literal["none", "lsq"]
+BaseStorage = Literal["dense", "int8", "int4", "start"]
 
 FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4)
@@ -116,6 +119,52 @@ class LoraConfig:
     def scaling(self) -> float:
         """The factor on B @ A, alpha / rank."""
         return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridLearning:
+    """What of the grid trains, and how its gradients are scaled.
+
+    Raises:
+        UsageError: A field has an unknown value.
+    """
+
+    train_scales: bool = True
+    """Whether the scales s train."""
+    train_offsets: bool = True
+    """Whether the offsets b train; zero_point "none" has none to train."""
+    gradient_scale: GradientScale = "none"
+    """"none": the plain gradients, as in the paper; "lsq": those of s and b times 1 / sqrt(N * Q_P), N weights per
+    group (LSQ). Adam divides a constant factor out again, so it acts through gradient clipping and Adam's epsilon."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_scale not in get_args(GradientScale):
+            raise _bad("gradient_scale", self.gradient_scale, f"one of {get_args(GradientScale)}")
+
+    def gradient_factor(self, quant: QuantConfig, in_features: int) -> float:
+        """The factor on the gradients of s and b of a layer with `in_features` columns."""
+        if self.gradient_scale == "none":
+            return 1.0
+        largest = quant.max_code - quant.midpoint  # Q_P
+        return float((quant.resolve_group_size(in_features) * largest) ** -0.5)
+
+
+def check_init(init: str, quant: QuantConfig) -> None:
+    """Refuse an initialisation that is unknown or that the grid cannot start from.
+
+    Raises:
+        UsageError: See above.
+    """
+    if init not in get_args(Init):
+        raise _bad("init", init, f"one of {get_args(Init)}")
+    if init == "asymm" and quant.zero_point == "none":
+        raise UsageError(
+            "the asymm initialisation needs offsets, and zero_point none has none",
+            where="init",
+            got="asymm with zero_point none",
+            expected="zero_point integer or float, or another initialisation",
+            remedy="use --init l4q, the smallest scales that clip nothing without offsets, or --zero-point integer",
+        )
 
 
 def _is_int(value: object) -> bool:

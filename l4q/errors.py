@@ -57,3 +57,12 @@ class VerificationError(L4QError):
     """Exported bytes, or a runtime's answers, that do not match the checkpoint."""
 
     exit_code = 4
+
+
+class PeerError(L4QError):
+    """Process 0 of a distributed run failed and says why; the others end with its exit code and no message."""
+
+    def __init__(self, exit_code: int) -> None:
+        """Take over the exit code of process 0."""
+        super().__init__("process 0 failed", remedy="see its message")
+        self.exit_code = exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -30,6 +31,19 @@ def find_side_files(folder: Path) -> tuple[Path, ...]:
     """The tokenizer, chat template, generation and licence files of a model folder, sorted by name."""
     found = {path for pattern in SIDE_FILE_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     return tuple(sorted(found))
+
+
+def portable_tokenizer_config(folder: Path) -> None:
+    """Name the tokenizer class that every transformers release knows, where transformers 5 wrote its new name."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        dropped = ("backend", "is_local", "local_files_only")
+        kept = {key: value for key, value in config.items() if key not in dropped and value is not None}
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_files(paths: Iterable[Path], folder: Path) -> None:

@@ -13,14 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l4q.config import LoraConfig, QuantConfig
+from l4q.base import BaseWeight, PackedBase, base_linear, dense_base
+from l4q.config import GridLearning, Init, LoraConfig, QuantConfig
+from l4q.errors import UsageError
+from l4q.init import Start, init_qparams
 from l4q.quant import (
     GridParams,
     LoraUpdate,
+    ScaleGradient,
     fake_quantize,
     freeze_weight,
     grid_params,
-    init_qparams,
     merge_lora,
     position_,
     row_blocks,
@@ -35,7 +38,7 @@ class L4QFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: BaseWeight,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scales: torch.Tensor,
@@ -44,7 +47,8 @@ class L4QFunction(torch.autograd.Function):
         max_code: int,
     ) -> torch.Tensor:
         """Merge, quantize, multiply; x is [..., in], the result [..., out] in x's dtype."""
-        ctx.save_for_backward(x, weight, lora_a, lora_b, scales, mins)
+        ctx.packed = weight if isinstance(weight, PackedBase) else None
+        ctx.save_for_backward(x, None if ctx.packed is not None else weight, lora_a, lora_b, scales, mins)
         ctx.scaling, ctx.max_code = scaling, max_code
         update, params = LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins)
         return F.linear(x, fake_quantize(weight, update, params, max_code, x.dtype))
@@ -57,6 +61,7 @@ class L4QFunction(torch.autograd.Function):
         W, w, q and dL/dW_q exist for one run of rows at a time.
         """
         x, weight, lora_a, lora_b, scales, mins = ctx.saved_tensors
+        weight = weight if ctx.packed is None else ctx.packed
         dtype = scales.dtype
         update = LoraUpdate(lora_a.to(dtype), lora_b.to(dtype), ctx.scaling)
         grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
@@ -87,34 +92,82 @@ class L4QLinear(nn.Module):
 
     Parameters: `weight` W0 [out, in] and `bias` [out] frozen in their own dtype; in float32 `lora_A` [rank, in],
     `lora_B` [out, rank], `scales` s and `offsets` b [out, groups], the last frozen at zero for zero_point "none".
+
+    `start_warmup` turns the layer into plain LoRA, x @ (W0 + scaling * B A)^T, until `start_quantization` initialises s
+    and b from the merged weight.
+
+    Args:
+        weight: W0, shared, not copied; dense or packed (`l4q.base`).
+        bias: Of the layer, or None.
+        quant: The grid.
+        lora: Rank, scaling and dropout.
+        init: How s and b start, see `l4q.init`.
+        learning: What of the grid trains.
+        qparams: s and b of a pre-quantized start, used instead of `init`; also a LoRA warm-up leaves them.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, quant: QuantConfig, lora: LoraConfig) -> None:
+    quantizing: bool
+    """Whether the forward quantizes; False during a LoRA warm-up. Not part of the state dict."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter | PackedBase,
+        bias: nn.Parameter | None,
+        quant: QuantConfig,
+        lora: LoraConfig,
+        *,
+        init: Init = "l4q",
+        learning: GridLearning | None = None,
+        qparams: Start | None = None,
+    ) -> None:
         super().__init__()
-        self.quant, self.lora = quant, lora
+        self.quant, self.lora, self.init, self.learning = quant, lora, init, learning or GridLearning()
+        self.quantizing = True
         self.out_features, self.in_features = weight.shape
+        self.gradient_factor = self.learning.gradient_factor(quant, self.in_features)
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.lora_A = nn.Parameter(torch.empty(lora.rank, self.in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora.rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # peft's and torch.nn.Linear's choice of a
-        scales, offsets = init_qparams(weight, quant)
-        self.scales = nn.Parameter(scales)
-        self.offsets = nn.Parameter(offsets, requires_grad=quant.zero_point != "none")
+        self.keeps_grid = qparams is not None
+        start = qparams or init_qparams(dense_base(weight), quant, init)
+        self.scales = nn.Parameter(start.scales, requires_grad=self.learning.train_scales)
+        trained = self.learning.train_offsets and quant.zero_point != "none"
+        self.offsets = nn.Parameter(start.offsets, requires_grad=trained)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, quant: QuantConfig, lora: LoraConfig) -> L4QLinear:
-        """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid."""
-        return cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), quant, lora)
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant: QuantConfig,
+        lora: LoraConfig,
+        *,
+        init: Init = "l4q",
+        learning: GridLearning | None = None,
+        base: nn.Parameter | PackedBase | None = None,
+        qparams: Start | None = None,
+    ) -> L4QLinear:
+        """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid.
+
+        `base` replaces the weight, for example by a packed copy of it.
+        """
+        weight, bias = cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
+        return cls(weight if base is None else base, bias, quant, lora, init=init, learning=learning, qparams=qparams)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in] -> [..., out] through the quantized merged weight."""
-        params = self.grid()
+        """X [..., in] -> [..., out] through the quantized merged weight (in a warm-up: the merged weight)."""
         lora_a = F.dropout(self.lora_A, self.lora.dropout, self.training) if self.lora.dropout else self.lora_A
-        y: torch.Tensor = L4QFunction.apply(
-            x, self.weight, lora_a, self.lora_B, params.scales, params.mins, self.lora.scaling, self.quant.max_code
-        )
+        y: torch.Tensor
+        if self.quantizing:
+            params = self.grid()
+            y = L4QFunction.apply(
+                x, self.weight, lora_a, self.lora_B, params.scales, params.mins, self.lora.scaling, self.quant.max_code
+            )
+        else:
+            low = F.linear(F.linear(x, lora_a.to(x.dtype)), self.lora_B.to(x.dtype))
+            y = base_linear(x, self.weight) + self.lora.scaling * low
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def update(self) -> LoraUpdate:
@@ -123,17 +176,71 @@ class L4QLinear(nn.Module):
 
     def grid(self) -> GridParams:
         """Scales, mins and zero-points as the forward uses them."""
-        return grid_params(self.scales, self.offsets, self.quant)
+        scales, offsets = self.scales, self.offsets
+        if self.gradient_factor != 1.0:
+            scales = ScaleGradient.apply(scales, self.gradient_factor)
+            offsets = ScaleGradient.apply(offsets, self.gradient_factor)
+        return grid_params(scales, offsets, self.quant)
+
+    def start_warmup(self) -> None:
+        """Compute with W0 + scaling * B A, unquantized, from the next forward on; s and b get no gradient."""
+        self.quantizing = False
+
+    @torch.no_grad()
+    def start_quantization(self) -> None:
+        """Initialise s and b from the merged weight W0 + scaling * B A and quantize from the next forward on."""
+        for rows in () if self.keeps_grid else row_blocks(self.weight):
+            merged = merge_lora(self.weight, self.update(), rows, self.scales.dtype)
+            self.scales[rows], self.offsets[rows] = init_qparams(merged, self.quant, self.init)
+        self.quantizing = True
+
+    @torch.no_grad()
+    def regrid(self, quant: QuantConfig) -> None:
+        """Continue on another kind of zero-point or scale grid, from the grid the forward uses now.
+
+        s is snapped onto the new scale grid and b, the offset of the present grid, onto the new zero-points; the codes
+        are taken anew from the merged weight in the next forward or freeze (snap and recode), not converted.
+
+        Raises:
+            UsageError: Bits or group size differ.
+        """
+        if (quant.bits, quant.group_size) != (self.quant.bits, self.quant.group_size):
+            raise UsageError(
+                "a trained grid cannot change its bits or group size",
+                got=f"{quant.bits} bits, group_size {quant.group_size}",
+                expected=f"{self.quant.bits} bits, group_size {self.quant.group_size}",
+                remedy="train with the other values",
+            )
+        params = self.grid()
+        offsets = params.mins + self.quant.midpoint * params.scales
+        self.scales.copy_(params.scales)
+        self.offsets.copy_(torch.zeros_like(offsets) if quant.zero_point == "none" else offsets)
+        self.quant = quant
 
     @torch.no_grad()
     def quantized_weight(self) -> torch.Tensor:
         """W_q exactly as the evaluation forward multiplies with it, [out, in] in the dtype of the scales."""
+        self._require_quantizing()
         return fake_quantize(self.weight, self.update(), self.grid(), self.quant.max_code)
 
     @torch.no_grad()
     def freeze(self, name: str = "") -> QuantizedWeight:
-        """The layer as integers; dequantizing them gives `quantized_weight()` bit for bit."""
+        """The layer as integers; dequantizing them gives `quantized_weight()` bit for bit.
+
+        Raises:
+            UsageError: The layer is in its LoRA warm-up, so no grid has been chosen yet.
+        """
+        self._require_quantizing(name)
         return freeze_weight(self.weight, self.update(), self.grid(), self.quant, name)
+
+    def _require_quantizing(self, name: str = "") -> None:
+        if not self.quantizing:
+            raise UsageError(
+                "the layer is in its LoRA warm-up and has no grid yet",
+                where=name or None,
+                expected="a layer that quantizes",
+                remedy="call start_quantization() first, or train past --lora-warmup-steps",
+            )
 
     def extra_repr(self) -> str:
         """Sizes and grid for print(model)."""

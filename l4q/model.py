@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from l4q.checkpoint import save_checkpoint
-from l4q.config import GROUP_MULTIPLE, LoraConfig, QuantConfig
+from l4q.config import GROUP_MULTIPLE, BaseStorage, GridLearning, Init, LoraConfig, QuantConfig
+from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
 from l4q.linear import L4QLinear
+from l4q.starts.adopt import adopt, reproduces
+from l4q.starts.start import PretrainedStart
 from l4q.weight import QuantizedWeight
 
 TRAINABLE = ("lora_A", "lora_B", "scales", "offsets")
@@ -29,10 +35,32 @@ class WrapReport:
     """Modules that are quantized now."""
     dense: tuple[str, ...]
     """Linear modules left as they were, the output head among them."""
+    reproduced: tuple[str, ...] = ()
+    """Wrapped modules that multiply with a pre-quantized start's own weights, each of them equal."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """(module, why not) of the other modules of a pre-quantized start; they are initialised like any weight."""
+
+    def describe_start(self) -> list[str]:
+        """How a pre-quantized start was taken over, one line per outcome; nothing for a plain model."""
+        lines = []
+        if self.reproduced:
+            lines.append(f"{len(self.reproduced)} layers start with the model's own integers, bit for bit")
+        for reason, count in Counter(reason for _, reason in self.notes).items():
+            example = next(name for name, why in self.notes if why == reason)
+            lines.append(f"{count} layers start anew, for example {example}: {reason}")
+        return lines
 
 
 def wrap_linears(
-    model: nn.Module, quant: QuantConfig, lora: LoraConfig, *, skip_indivisible: bool = False
+    model: nn.Module,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    *,
+    init: Init = "l4q",
+    learning: GridLearning | None = None,
+    skip_indivisible: bool = False,
+    start: PretrainedStart | None = None,
+    storage: BaseStorage = "dense",
 ) -> WrapReport:
     """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
 
@@ -40,10 +68,15 @@ def wrap_linears(
         model: A causal language model; its output embeddings are never touched.
         quant: The grid.
         lora: Rank, scaling and the patterns of target modules.
+        init: How scales and offsets start, see `l4q.init`.
+        learning: What of the grid trains; everything by default.
         skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
+        start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
+        storage: How the frozen weights are kept, see `l4q.base`.
 
     Raises:
-        UsageError: A pattern matches nothing, nothing is left to wrap, or the group size does not divide a layer.
+        UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
+            storage cannot hold a weight.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = _output_head(model)
@@ -62,10 +95,22 @@ def wrap_linears(
             "no linear layer is left to quantize", got=lora.target_modules, expected=sorted(candidates)[:8]
         )
     model.requires_grad_(False)
+    dense = tuple(name for name in linears if name not in set(wrapped))
+    linears.clear()  # so that each dense weight that is packed is freed at once
+    reproduced, notes = [], []
     for name in wrapped:
+        linear = candidates.pop(name)
+        own = adopt(name, cast(nn.Parameter, linear.weight), quant, start, storage)
+        layer = L4QLinear.from_linear(
+            linear, quant, lora, init=init, learning=learning, base=own.base, qparams=own.qparams
+        )
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, L4QLinear.from_linear(candidates[name], quant, lora))
-    return WrapReport(wrapped=tuple(wrapped), dense=tuple(name for name in linears if name not in set(wrapped)))
+        setattr(model.get_submodule(parent), attribute, layer)
+        if own.qparams is not None and reproduces(layer, own.grid):
+            reproduced.append(name)
+        elif start is not None:
+            notes.append((name, own.note or f"base storage {storage} moves weights across rounding boundaries"))
+    return WrapReport(wrapped=tuple(wrapped), dense=dense, reproduced=tuple(reproduced), notes=tuple(notes))
 
 
 def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
@@ -73,6 +118,24 @@ def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, L4QLinear):
             yield name, module
+
+
+def trained_grid(model: nn.Module) -> QuantConfig:
+    """The grid of the wrapped layers."""
+    return next(layer.quant for _, layer in l4q_layers(model))
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """Let the wrapped layers multiply with W0 + scaling * B A itself; before training, that is the base model."""
+    layers = [layer for _, layer in l4q_layers(model) if layer.quantizing]
+    for layer in layers:
+        layer.quantizing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quantizing = True
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,21 +155,25 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
         odd = sorted(set(current) ^ set(state))
         raise UsageError("the saved state belongs to another model or other target modules", got=odd[:5])
     for name, tensor in current.items():
-        if tensor.shape != state[name].shape:
+        value = state[name]
+        if tensor.shape != value.shape:
             raise UsageError(
                 "a saved tensor has another shape",
                 where=name,
-                got=list(state[name].shape),
+                got=list(value.shape),
                 expected=list(tensor.shape),
                 remedy="resume with the same --rank, --group-size and model",
             )
-        tensor.copy_(state[name])
+        own = own_rows(tensor)
+        own.tensor.copy_(value[own.start : own.start + own.tensor.shape[0]])
 
 
 def freeze_model(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Freeze layer after layer, one in memory at a time."""
-    for name, layer in l4q_layers(model):
-        yield name, layer.freeze(name)
+    """Freeze layer after layer, one in memory at a time; of a sharded model, one block is gathered at a time."""
+    for members in gathered_units(model):
+        for name, layer in members:
+            if isinstance(layer, L4QLinear):
+                yield name, layer.freeze(name)
 
 
 def save_l4q(
@@ -118,6 +185,8 @@ def save_l4q(
     overwrite: bool = False,
 ) -> None:
     """Write a wrapped transformers model as an L4Q checkpoint folder.
+
+    In a distributed run every process calls it, as a sharded model is gathered on all of them; process 0 writes.
 
     Args:
         model: A PreTrainedModel after `wrap_linears`.
@@ -133,11 +202,16 @@ def save_l4q(
     inside = tuple(f"{name}." for name in layers)
     dense_modules = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     config = model.config.to_dict()
+    weights = freeze_model(model)
+    dense = ((name, whole(tensor)) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside))
+    if not is_main():
+        _follow(model, weights, dense)
+        return
     save_checkpoint(
         out,
         config={key: value for key, value in config.items() if key != "quantization_config"},
-        weights=freeze_model(model),
-        dense=((name, tensor) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside)),
+        weights=weights,
+        dense=dense,
         quant=quant,
         modules_to_not_convert=dense_modules,
         side_files=find_side_files(Path(side_files_from)) if side_files_from else (),
@@ -147,12 +221,22 @@ def save_l4q(
 
 def _dense_tensors(model: nn.Module, layers: Mapping[str, L4QLinear]) -> Iterator[tuple[str, torch.Tensor]]:
     """Persistent tensors that are not part of a wrapped layer, plus those layers' biases; tied tensors once."""
-    seen: set[int] = set()
+    named = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - named
+    seen: set[object] = set()
     for name, tensor in model.state_dict().items():
-        key = tensor.data_ptr()
-        if key not in seen:
+        # A process that keeps no row of a sharded tensor has no address to compare: such tensors go by name.
+        key = name if is_sharded_tensor(tensor) else tensor.data_ptr()
+        if key not in seen and name not in tied:
             seen.add(key)
             yield name, tensor
+
+
+def _follow(model: nn.Module, *tensors: Iterator[Any]) -> None:
+    """Take part in the gathering of a sharded model without keeping anything."""
+    if is_sharded(model):
+        for _ in chain(*tensors):
+            pass
 
 
 def _is_part(name: str, layers: tuple[str, ...]) -> bool:

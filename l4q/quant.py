@@ -1,4 +1,4 @@
-"""L4Q's mathematics on plain tensors: initialisation, grids, fake quantization, freezing.
+"""L4Q's mathematics on plain tensors: grids, fake quantization, freezing (initialisation: `l4q.init`).
 
 Symbols follow the paper (arXiv 2402.04902, eqs 3-30), with unsigned codes. Q_N = -2**(n-1), Q_P = 2**(n-1)-1, n bits:
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from l4q.base import BaseWeight, base_rows
 from l4q.config import QuantConfig, ScaleGrid
 from l4q.weight import QuantizedWeight
 
@@ -67,6 +68,21 @@ class StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+class ScaleGradient(torch.autograd.Function):
+    """The value unchanged, its gradient times a constant: LSQ's gradient scaling."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
+        """Return `value`."""
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scale the gradient."""
+        return grads[0] * ctx.factor, None
+
+
 def snap_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
     """Nearest scales on the grid, within [SCALE_MIN, SCALE_MAX], in the dtype of `scales`.
 
@@ -86,26 +102,6 @@ def ceil_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
     step = 16 if grid == "fp16_s7" else 1
     above = (snapped.to(torch.float16).view(torch.int16) + step).view(torch.float16).to(scales.dtype)
     return torch.where(snapped < scales, above, snapped).clamp(max=SCALE_MAX)
-
-
-def init_qparams(weight: torch.Tensor, quant: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """L4Q_init (eqs 36-38): s = max(|min W / Q_N|, |max W / Q_P|) per group, b = 0; no weight is clipped at the start.
-
-    s is rounded *up* onto the scale grid: rounded to nearest, the group's extreme weight would land outside
-    [Q_N, Q_P] in about half of the groups and lose its gradient.
-
-    Args:
-        weight: [out, in], any float dtype.
-        quant: The grid.
-
-    Returns:
-        scales, offsets: float32 (float64 for float64 weights), each [out, in / group_size].
-    """
-    grouped = _grouped(weight.detach().to(_compute_dtype(weight)), quant.resolve_group_size(weight.shape[1]))
-    low = grouped.amin(-1) / -quant.midpoint
-    high = grouped.amax(-1) / (quant.max_code - quant.midpoint)
-    scales = ceil_scales(torch.maximum(low, high).clamp(min=SCALE_MIN), quant.scale_grid)
-    return scales, torch.zeros_like(scales)
 
 
 def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig) -> GridParams:
@@ -128,7 +124,7 @@ def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig)
     return GridParams(snapped, mins, -mins / snapped)
 
 
-def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
+def row_blocks(weight: BaseWeight) -> Iterator[slice]:
     """Runs of rows that fit a CPU core's cache, so that the elementwise passes over a weight read memory once.
 
     On other devices the whole weight is one block. Training and freezing walk the same blocks, so that B @ A is
@@ -140,16 +136,16 @@ def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def merge_lora(weight: torch.Tensor, update: LoraUpdate, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+def merge_lora(weight: BaseWeight, update: LoraUpdate, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """W = W0 + scaling * B @ A (eq 7) for a run of rows: a new [rows, in] tensor in `dtype`.
 
     Args:
-        weight: W0 [out, in].
+        weight: W0 [out, in], dense or packed (`l4q.base`).
         update: A, B and the scaling.
         rows: The rows to merge.
         dtype: float32 in training and freezing, whatever the dtype of W0.
     """
-    base = weight[rows].to(dtype)
+    base = base_rows(weight, rows, dtype)
     return torch.addmm(base, update.b[rows].to(dtype), update.a.to(dtype), alpha=update.scaling)
 
 
@@ -160,7 +156,7 @@ def position_(weight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor) ->
 
 
 def fake_quantize(
-    weight: torch.Tensor, update: LoraUpdate, params: GridParams, max_code: int, dtype: torch.dtype | None = None
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, max_code: int, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """W_q = q * s + m with q = round(clamp(w, 0, max_code)) of the merged weight (eqs 7-10), without gradients.
 
@@ -182,7 +178,7 @@ def fake_quantize(
 
 
 def freeze_weight(
-    weight: torch.Tensor, update: LoraUpdate, params: GridParams, quant: QuantConfig, name: str = ""
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, quant: QuantConfig, name: str = ""
 ) -> QuantizedWeight:
     """Turn a merged weight into integers.
 
@@ -207,7 +203,7 @@ def freeze_weight(
 
 
 def _code_blocks(
-    weight: torch.Tensor, update: LoraUpdate, params: GridParams, max_code: int
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, max_code: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Codes of each run of rows as whole float numbers [rows, groups, group_size], free to be overwritten."""
     for rows in row_blocks(weight):
@@ -217,7 +213,3 @@ def _code_blocks(
 
 def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return weight.view(weight.shape[0], -1, group_size)
-
-
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32

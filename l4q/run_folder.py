@@ -103,8 +103,10 @@ class RunFolder:
 
     def _check_same(self, record: dict[str, Any]) -> None:
         recorded = read_json(self.config)
-        old = {**recorded["identity"], "data sha256": recorded["data"]["sha256"]}
-        new = {**record["identity"], "data sha256": record["data"]["sha256"]}
+        # Read as options, so that those the run's version did not have yet count as their defaults.
+        started = TrainOptions.from_dict(recorded["options"], where=self.config).identity()
+        old = {**started, "data sha256": recorded["data"]["sha256"], "processes": recorded.get("processes", 1)}
+        new = {**record["identity"], "data sha256": record["data"]["sha256"], "processes": record["processes"]}
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if changed:
             raise UsageError(
@@ -134,10 +136,13 @@ class RunFolder:
 
 
 def _record(options: TrainOptions, data_facts: dict[str, Any]) -> dict[str, Any]:
+    from l4q.distributed import process_count
+
     return {
         "l4q_run": RUN_FORMAT,
         "options": options.to_dict(),
         "identity": options.identity(),
+        "processes": process_count(),
         "data": data_facts,
         "versions": current_versions(),
     }

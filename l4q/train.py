@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +16,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
+from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
-from l4q.model import load_trainable_state, save_l4q, wrap_linears
+from l4q.files import portable_tokenizer_config
+from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
 from l4q.run_folder import RunFolder
+from l4q.sharding import hollow_model, reads_weights, shard_model
+from l4q.starts import open_start
+from l4q.starts.match import fit_scale_grid
+from l4q.state_tensors import saved_tensors
 from l4q.train_options import EvalOptions, TrainOptions
-from l4q.train_state import TRAINABLE, load_tensors, read_json, write_json
+from l4q.train_state import TRAINABLE, read_json, write_json
 from l4q.trainer import L4QTrainer
 
 log = logging.getLogger(__name__)
@@ -43,6 +49,7 @@ class Evaluator:
         if not self.windows:
             return {}
         value = windows_perplexity(model, self.windows).value
+        reshard(model)
         log.info("perplexity, %s: %.3f", stage, value)
         return {stage: value}
 
@@ -59,33 +66,44 @@ def train(options: TrainOptions) -> dict[str, Any]:
         UnsupportedError: A model or chat template that cannot be trained.
         DivergedError: The loss or a gradient became NaN or infinite.
     """
+    options = replace(options, fsdp=fsdp_requested() or options.fsdp)
+    args = training_arguments(options)
+    device = args.device  # joins the other processes, if there are any
+    quiet_others()
     run = RunFolder(options.out)
-    run.claim(options)
+    decide(lambda: run.claim(options))
     model, tokenizer = load_model(options)
     context = context_length(model)
     data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
     log.info("data: %s", data.facts())
-    evaluator = Evaluator(windows=_windows(options.evaluation, tokenizer, context))
-    run.check(options, data.facts())
-    finished = run.finished(options)
+    evaluator = Evaluator(windows=evaluation_windows(options.evaluation, model, tokenizer))
+    decide(lambda: run.check(options, data.facts()))
+    finished = decide(lambda: run.finished(options))
     if finished is not None:
         log.info("the run is complete; nothing to do")
         return finished
 
-    args = training_arguments(options)
-    model.to(args.device)
-    perplexities = evaluator.measure("base", model)
     set_seed(options.seed)
-    report = wrap_linears(model, options.quant, options.lora, skip_indivisible=options.leave_dense)
+    if not options.fsdp and options.base_storage == "dense":
+        model.to(device)
+    report = wrap_model(model, options)
+    if not options.fsdp:
+        model.to(device)  # packed weights are packed on the CPU: the device never sees them dense
     log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
+    if options.fsdp:
+        shard_model(model, device)
+    with unquantized(model):
+        perplexities = evaluator.measure("base", model)
     perplexities |= evaluator.measure("start", model)
-    run.start(options, data.facts())
+    decide(lambda: run.start(options, data.facts()))
 
-    began = time.monotonic()
+    began, use_cache = time.monotonic(), model.config.use_cache
     state = _fit_model(model, args, options, run, data, padding_id(tokenizer))
+    model.config.use_cache = use_cache  # the Trainer switches it off, and the checkpoint would generate without one
     seconds = time.monotonic() - began
     perplexities |= evaluator.measure("trained", model)
-    _freeze(model, tokenizer, options, run)
+    decide(lambda: shutil.rmtree(run.checkpoint, ignore_errors=True))  # of a run killed before it recorded its result
+    save_frozen(model, tokenizer, options, run.checkpoint)
     result = {
         "run": str(run.path),
         "checkpoint": str(run.checkpoint),
@@ -97,7 +115,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         "dense_layers": len(report.dense),
         "data": data.facts(),
     }
-    write_json(run.result, result)
+    decide(lambda: write_json(run.result, result))
     return result
 
 
@@ -108,13 +126,21 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
         UsageError: The folder or model id does not exist or is incomplete.
         UnsupportedError: transformers knows no causal language model for it.
     """
+    start = open_start(options.model)
+    if start is not None:
+        log.info("%s: a %s start", start.path, start.format)
+        return start.load(getattr(torch, options.dtype))
     path = Path(options.model)
     looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
     if looks_local and not path.is_dir():
         raise UsageError("the model folder does not exist", where=options.model, expected="a Hugging Face model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+        dtype = getattr(torch, options.dtype)
+        if reads_weights(options.fsdp):
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        else:
+            model = hollow_model(options.model, dtype)
     except OSError as error:
         raise UsageError(
             "the model cannot be loaded",
@@ -122,14 +148,42 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
             got=str(error).splitlines()[0],
             expected="a folder with config.json, safetensors and tokenizer, or a model id of the hub",
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(
             "transformers cannot load this as a causal language model",
             where=options.model,
             got=str(error).splitlines()[0],
             expected="an architecture of AutoModelForCausalLM",
+            remedy="if it is a pre-quantized model of the hub, download it and give the folder",
         ) from error
     return model, tokenizer
+
+
+def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
+    """Wrap the linears of a loaded model as these options say.
+
+    Raises:
+        UsageError: The options do not fit the model, see `wrap_linears`.
+    """
+    start, quant = open_start(options.model), options.quant
+    if start is not None:
+        start.attach(model)
+        quant = fit_scale_grid((grid for grid in map(start.grid, start.modules()) if grid is not None), quant)
+    if quant != options.quant:
+        log.info("scale_grid %s, as %s does not hold the start's scales", quant.scale_grid, options.quant.scale_grid)
+    report = wrap_linears(
+        model,
+        quant,
+        options.lora,
+        init=options.init,
+        learning=options.learning,
+        skip_indivisible=options.leave_dense,
+        start=start,
+        storage=options.base_storage,
+    )
+    for line in report.describe_start():
+        log.info("%s", line)
+    return report
 
 
 def context_length(model: Any) -> int | None:
@@ -143,6 +197,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     epochs = 1.0 if options.epochs is None else options.epochs
     return TrainingArguments(
         output_dir=str(options.out),
+        use_cpu=on_cpu_processes(),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
         max_steps=options.steps or -1,
@@ -153,6 +208,8 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         max_grad_norm=options.optim.max_grad_norm,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        # s and b take no part in a LoRA warm-up.
+        ddp_find_unused_parameters=options.lora_warmup_steps > 0,
         seed=options.seed,
         data_seed=options.seed,
         save_strategy="steps",
@@ -176,15 +233,16 @@ def _fit_model(
         args,
         optim=options.optim,
         keep_states=options.keep_states,
+        lora_warmup_steps=options.lora_warmup_steps,
         train_dataset=data.examples,
         data_collator=make_collator(pad),
     )
-    point = run.resume_point()
+    point = decide(run.resume_point)
     if point is not None:
         log.info("continuing from %s", point[1])
         saved: dict[str, Any] = read_json(point[1] / "trainer_state.json")
         if saved["global_step"] >= saved["max_steps"]:  # killed between the last step and the freeze
-            load_trainable_state(model, load_tensors(point[1] / TRAINABLE))
+            load_trainable_state(model, saved_tensors(point[1] / TRAINABLE))
             return saved
     try:
         trainer.train(resume_from_checkpoint=str(point[1]) if point else None)
@@ -193,18 +251,30 @@ def _fit_model(
     return dict(vars(trainer.state))
 
 
-def _freeze(model: Any, tokenizer: Any, options: TrainOptions, run: RunFolder) -> None:
-    model.to("cpu")
+def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *, overwrite: bool = False) -> None:
+    """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
+
+    Args:
+        model: The wrapped model; it is moved to the CPU, if it is not sharded.
+        tokenizer: Of the base model.
+        options: Of the run.
+        out: Folder to create.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        UsageError: The folder exists, or scales are not finite.
+    """
+    if not is_sharded(model):
+        model.to("cpu")
     with TemporaryDirectory() as scratch:
         folder = Path(options.model)
-        if not folder.is_dir():  # a hub id: the tokenizer and generation settings come from the loaded objects
+        if not folder.is_dir():  # a hub id or a GGUF file: tokenizer and generation settings come from what was loaded
             folder = Path(scratch)
             tokenizer.save_pretrained(folder)
+            portable_tokenizer_config(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
-        if run.checkpoint.exists():  # from a run that was killed before it recorded its result
-            shutil.rmtree(run.checkpoint)
-        save_l4q(model, run.checkpoint, quant=options.quant, side_files_from=folder)
+        save_l4q(model, out, quant=trained_grid(model), side_files_from=folder, overwrite=overwrite)
 
 
 def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:
@@ -217,14 +287,20 @@ def _loss_summary(state: dict[str, Any]) -> dict[str, float | int]:
     }
 
 
-def _windows(options: EvalOptions, tokenizer: Any, context: int | None) -> list[list[int]]:
+def evaluation_windows(options: EvalOptions, model: Any, tokenizer: Any) -> list[list[int]]:
+    """The windows to measure perplexity on; none without a text.
+
+    Raises:
+        UsageError: The text cannot be read or is too short, or a window exceeds the model's context.
+    """
     if options.text is None:
         return []
     try:
         text = options.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("the evaluation text cannot be read", where=options.text, got=error) from error
-    return text_windows(tokenizer, text, _fit(options.window, DEFAULT_WINDOW, context), options.windows)
+    window = _fit(options.window, DEFAULT_WINDOW, context_length(model))
+    return text_windows(tokenizer, text, window, options.windows)
 
 
 def _fit(asked: int | None, default: int, context: int | None) -> int:

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from l4q.distributed import whole
 from l4q.errors import L4QError
 from l4q.train_state import newest_state
 
@@ -110,7 +111,7 @@ class FiniteGradients(TrainerCallback):
     ) -> None:
         """Check the total norm; clipping has turned an infinite norm into NaN gradients by now."""
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm):
             raise diverged(self._run, state.global_step + 1, f"gradient norm {float(norm)}")
 

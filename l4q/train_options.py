@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from l4q.config import LoraConfig, QuantConfig
+from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig, check_init
 from l4q.errors import UsageError
 
 TrainDtype = Literal["float32", "bfloat16"]
+OptimState = Literal["float32", "bfloat16", "8bit"]
 
 # A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
 SCALE_LR_RATIO = 1 / 20
@@ -35,6 +37,8 @@ class OptimOptions:
     """Share of all steps spent warming up."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this total norm; 0 = no clipping."""
+    state: OptimState = "float32"
+    """How AdamW's moments are kept: "bfloat16" halves them, "8bit" needs bitsandbytes."""
 
     def __post_init__(self) -> None:
         """Fill in the derived learning rates and check ranges."""
@@ -44,6 +48,7 @@ class OptimOptions:
         for name in ("lr", "scale_lr", "offset_lr", "weight_decay", "max_grad_norm"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        require(self.state in get_args(OptimState), "optim_state", self.state, f"one of {get_args(OptimState)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ class TrainOptions:
     """
 
     model: str
-    """Hugging Face model id or folder."""
+    """Hugging Face model id or folder, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file."""
     data: tuple[Path, ...]
     """Training files, see `l4q.data_records`."""
     out: Path
@@ -76,6 +81,11 @@ class TrainOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimOptions = field(default_factory=OptimOptions)
     evaluation: EvalOptions = field(default_factory=EvalOptions)
+    init: Init = "l4q"
+    """How scales and offsets start, see `l4q.init`."""
+    learning: GridLearning = field(default_factory=GridLearning)
+    lora_warmup_steps: int = 0
+    """First optimizer steps that train plain LoRA; then s and b start from the merged weights."""
     leave_dense: bool = False
     """Leave layers dense whose in_features the group size does not divide."""
     steps: int | None = None
@@ -92,8 +102,12 @@ class TrainOptions:
     """Fixes LoRA's initial A, the order of the data and dropout."""
     dtype: TrainDtype = "float32"
     """Dtype of the frozen weights and the activations; A, B, s and b are always float32."""
+    base_storage: BaseStorage = "dense"
+    """How the frozen W0 is kept: dense, in 8- or 4-bit blocks, or as a pre-quantized start's integers (`l4q.base`)."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    fsdp: bool = False
+    """Shard the model over the processes of a launcher (FSDP2) instead of giving each a copy (DDP)."""
     save_every: int = 100
     """Optimizer steps between saved states; the last step is always saved."""
     keep_states: int = 2
@@ -110,20 +124,62 @@ class TrainOptions:
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
+        storages = get_args(BaseStorage)
+        require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
+        check_init(self.init, self.quant)
+        warmup, longest = self.lora_warmup_steps, float("inf") if self.steps is None else self.steps
+        require(0 <= warmup < longest, "lora_warmup_steps", warmup, "at least 0 and fewer than the run's steps")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         return {key: _plain(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: object = None) -> TrainOptions:
+        """The options that `to_dict` made plain; options a run's version did not have yet get their defaults.
+
+        Raises:
+            UsageError: An option is unknown or required ones are missing.
+        """
+        rest = dict(values)
+        known = {item.name for item in fields(cls)}
+        odd = sorted(rest.keys() - known) or sorted({"model", "data", "out"} - rest.keys())
+        if odd:
+            raise UsageError(
+                "the recorded options are not those of this version",
+                where=where,
+                got=sorted(rest),
+                expected=f"without unknown and with all required ones; odd: {odd}",
+                remedy="use the version of l4q that the run's config.json names",
+            )
+        made: dict[str, Any] = {
+            name: kind(**_typed(rest.pop(name))) for name, kind in _SECTIONS.items() if name in rest
+        }
+        return cls(**made, **_typed(rest))
 
     def identity(self) -> dict[str, Any]:
         """The options that decide the trained weights; the data is identified by its hash instead."""
         return {key: value for key, value in self.to_dict().items() if key not in _INCIDENTAL}
 
 
-_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite")
+_SECTIONS = {
+    "quant": QuantConfig,
+    "lora": LoraConfig,
+    "optim": OptimOptions,
+    "evaluation": EvalOptions,
+    "learning": GridLearning,
+}
+# option -> its type, where that is not the JSON one
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    "data": lambda paths: tuple(map(Path, paths)),
+    "out": Path,
+    "text": lambda path: None if path is None else Path(path),
+    "target_modules": tuple,
+}
+_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp")
 
 
 def require(condition: bool, option: str, got: object, expected: str) -> None:
@@ -142,3 +198,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _TYPES[key](value) if key in _TYPES else value for key, value in values.items()}

@@ -2,11 +2,15 @@
 
     state-<step>/
       trainable.safetensors            A, B, s, b by parameter name
-      optimizer.safetensors, .json     moments by "<parameter>/<key>", and the parameter groups
+      optimizer.safetensors            moments by "<parameter>/<key>"
+      optimizer.json                   the parameter groups
       scheduler.json                   learning-rate schedule
       rng-<rank>.safetensors, .json    torch generators, and those of Python and NumPy, of every process
       trainer_state.json               transformers' step counters and log
       state.json                       step, format version and the sha256 of every file above
+
+A sharded model's tensors stand in one file per process instead, trainable-00001-of-00002.safetensors and so on: each
+holds the rows its process keeps, and "rows" in its metadata says which. `saved_tensors` reads both.
 
 A state is written under another name and renamed last; it is trusted only if every hash in state.json matches.
 """
@@ -26,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4q.errors import UsageError
+from l4q.state_tensors import load_tensors, save_sharded, save_tensors, saved_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 STATE_FORMAT = 1
 MANIFEST = "state.json"
 TRAINABLE = "trainable.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 _FOLDER = re.compile(r"state-(\d+)")
 
 
@@ -81,14 +87,16 @@ def prune_states(run: Path, keep: int) -> None:
 
 
 def save_optimizer(folder: Path, optimizer: Any, names: Mapping[torch.Tensor, str]) -> None:
-    """Write an optimizer's moments and groups.
+    """Write an optimizer's moments and groups; called by every process of the run.
 
     Args:
-        folder: A state folder.
+        folder: A state folder, the same for all processes.
         optimizer: A torch optimizer; its per-parameter state may hold tensors and JSON numbers.
         names: The name of every parameter it updates.
     """
     import torch
+
+    from l4q.distributed import is_main
 
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -99,8 +107,9 @@ def save_optimizer(folder: Path, optimizer: Any, names: Mapping[torch.Tensor, st
             for key, value in optimizer.state.get(parameter, {}).items():
                 target: dict[str, Any] = tensors if isinstance(value, torch.Tensor) else numbers
                 target[f"{names[parameter]}/{key}"] = value
-    save_tensors(folder / "optimizer.safetensors", tensors)
-    write_json(folder / "optimizer.json", {"groups": groups, "numbers": numbers})
+    save_sharded(folder / OPTIMIZER, tensors)
+    if is_main():
+        write_json(folder / "optimizer.json", {"groups": groups, "numbers": numbers})
 
 
 def load_optimizer(folder: Path, optimizer: Any, names: Mapping[torch.Tensor, str]) -> None:
@@ -121,11 +130,13 @@ def load_optimizer(folder: Path, optimizer: Any, names: Mapping[torch.Tensor, st
             expected="the model, target modules and zero_point the state was saved with",
         )
     order = [name for group in current for name in group]
+    parameters = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
     state: dict[int, dict[str, Any]] = {}
-    entries = {**load_tensors(folder / "optimizer.safetensors"), **record["numbers"]}
+    saved_values = saved_tensors(folder / OPTIMIZER)
     index_of = {name: index for index, name in enumerate(order)}
-    for entry, value in entries.items():
+    for entry in [*saved_values, *record["numbers"]]:
         name, _, key = entry.rpartition("/")
+        value = saved_values.part(entry, parameters[name]) if entry in saved_values else record["numbers"][entry]
         state.setdefault(index_of[name], {})[key] = value
     groups = [
         {
@@ -178,21 +189,6 @@ def load_rng(folder: Path, rank: int) -> None:
         index = int(name.removeprefix("cuda."))
         if torch.cuda.is_available() and index < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, index)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, from any device."""
-    from safetensors.torch import save
-
-    # Not save_file: it leaves the file readable by its owner only.
-    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file onto the CPU."""
-    from safetensors.torch import load_file
-
-    return dict(load_file(path))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,25 +13,26 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from l4q.distributed import barrier, decide, is_main, is_sharded, own_rows, shared_stage
 from l4q.errors import UsageError
-from l4q.files import staged_folder
 from l4q.model import load_trainable_state, trainable_state
+from l4q.optim import make_optimizer
+from l4q.state_tensors import save_sharded, saved_tensors
 from l4q.train_callbacks import FiniteGradients, StepReport, diverged
 from l4q.train_options import OptimOptions
 from l4q.train_state import (
     TRAINABLE,
     load_optimizer,
     load_rng,
-    load_tensors,
     prune_states,
     read_json,
     save_optimizer,
     save_rng,
-    save_tensors,
     seal_state,
     state_folder,
     write_json,
 )
+from l4q.warmup import LoraWarmup
 
 # last part of a parameter's name -> the group whose learning rate it follows
 PARAMETER_GROUPS = {"lora_A": "lora", "lora_B": "lora", "scales": "scales", "offsets": "offsets"}
@@ -74,16 +75,27 @@ class L4QTrainer(Trainer):
         args: Trainer settings; output_dir is the run folder.
         optim: Learning rates and weight decay.
         keep_states: Saved states to keep.
+        lora_warmup_steps: First steps that train plain LoRA.
         **kwargs: Passed on to transformers.Trainer (train_dataset, data_collator, ...).
     """
 
     optimizer: Any
 
     def __init__(
-        self, model: Any, args: TrainingArguments, *, optim: OptimOptions, keep_states: int, **kwargs: Any
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        optim: OptimOptions,
+        keep_states: int,
+        lora_warmup_steps: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Build the Trainer and replace its console callbacks."""
         super().__init__(model=model, args=args, **kwargs)
+        if is_sharded(model):
+            # The Trainer's own word for a model that comes sharded: it must not be wrapped in DDP or sharded again.
+            self.is_distributed_loading_by_transformers = True
         self._optim = optim
         self._keep_states = keep_states
         self._run = Path(str(args.output_dir))
@@ -93,17 +105,18 @@ class L4QTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(self._report)
         self.add_callback(FiniteGradients(self._run))
+        self.add_callback(LoraWarmup(lora_warmup_steps))
 
     def close(self) -> None:
         """End the progress bar of a run that stopped early."""
         self._report.close()
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW over `parameter_groups`."""
+        """AdamW over `parameter_groups`, its moments kept as the options say."""
         if self.optimizer is None:
             groups = parameter_groups(self.model if model is None else model, self._optim)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            self.optimizer = make_optimizer(groups, self._optim.state, betas=betas, eps=self.args.adam_epsilon)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -118,24 +131,26 @@ class L4QTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write RUN/state-<step>: complete under its final name, or not at all."""
+        """Write RUN/state-<step>: complete under its final name, or not at all; every process writes what it keeps."""
         step = self.state.global_step
         state = trainable_state(self.model)
-        broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        broken = [name for name, tensor in state.items() if not torch.isfinite(own_rows(tensor).tensor).all()]
         if broken:
             raise diverged(self._run, step, f"non-finite values in {broken[:3]}")
         self.store_flos()
-        with staged_folder(state_folder(self._run, step), overwrite=True) as stage:
-            save_tensors(stage / TRAINABLE, state)
+        with shared_stage(state_folder(self._run, step)) as stage:
+            save_sharded(stage / TRAINABLE, state)
             save_optimizer(stage, self.optimizer, self._parameter_names())
-            write_json(stage / "scheduler.json", self.lr_scheduler.state_dict())
             save_rng(stage, self.args.process_index)
-            self.state.save_to_json(str(stage / "trainer_state.json"))
-            seal_state(stage, step)
-        prune_states(self._run, self._keep_states)
+            barrier()
+            if is_main():
+                write_json(stage / "scheduler.json", self.lr_scheduler.state_dict())
+                self.state.save_to_json(str(stage / "trainer_state.json"))
+                seal_state(stage, step)
+        decide(lambda: prune_states(self._run, self._keep_states))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainable_state(self.model, load_tensors(Path(resume_from_checkpoint) / TRAINABLE))
+        load_trainable_state(self.model, saved_tensors(Path(resume_from_checkpoint) / TRAINABLE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -34,7 +34,7 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         new_tokens=arguments["new_tokens"],
         timeout_s=arguments["timeout"],
         threads=arguments["threads"],
-        pythons=_pythons(arguments["pythons"]),
+        pythons=engine_pythons(arguments["pythons"]),
     )
     with progress_bars() as progress:
         report = run_parity(checkpoint.path, targets, windows, options, progress)
@@ -86,7 +86,12 @@ def progress_bars() -> Iterator[Progress]:
         yield progress
 
 
-def _pythons(pairs: tuple[str, ...]) -> dict[str, str]:
+def engine_pythons(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Interpreters by engine, from ENGINE=PATH options.
+
+    Raises:
+        UsageError: An option has no "=" or no path.
+    """
     chosen = {}
     for pair in pairs:
         engine, separator, path = pair.partition("=")

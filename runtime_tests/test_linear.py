@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from l4q.base import dense_base
 from l4q.config import LoraConfig, QuantConfig
 from l4q.linear import L4QFunction, L4QLinear
 from l4q.quant import StraightThrough, snap_scales
@@ -47,7 +48,7 @@ def reference_weight(layer: L4QLinear) -> torch.Tensor:
     else:
         mins = layer.offsets + low * scales
         offsets = StraightThrough.apply(mins, mins.detach().half().to(mins.dtype)) - low * scales
-    merged = layer.weight + layer.lora.scaling * layer.lora_B @ layer.lora_A
+    merged = dense_base(layer.weight) + layer.lora.scaling * layer.lora_B @ layer.lora_A
     grouped = merged.view(*scales.shape, -1)
     position = (grouped - offsets.unsqueeze(-1)) / scales.unsqueeze(-1)
     clamped = position.clamp(low, high)
@@ -86,7 +87,7 @@ def test_a_quarter_is_clipped(bits: int) -> None:
     """The layer of these tests really exercises the clamp: 10 to 45 % of its weights are outside."""
     layer = clipped_layer(bits, "float")
     params = layer.grid()
-    merged = layer.weight + layer.lora.scaling * layer.lora_B @ layer.lora_A
+    merged = dense_base(layer.weight) + layer.lora.scaling * layer.lora_B @ layer.lora_A
     position = (merged.view(24, 2, 32) - params.mins.unsqueeze(-1)) / params.scales.unsqueeze(-1)
     outside = ((position < 0) | (position > layer.quant.max_code)).double().mean()
     assert 0.10 < outside < 0.45
@@ -100,7 +101,7 @@ def test_a_wrong_mask_is_noticed(bits: int) -> None:
     right = gradients(layer, x, layer)["lora_A"]
 
     def unmasked(value: torch.Tensor) -> torch.Tensor:
-        merged = layer.weight + layer.lora.scaling * layer.lora_B @ layer.lora_A
+        merged = dense_base(layer.weight) + layer.lora.scaling * layer.lora_B @ layer.lora_A
         return F.linear(value, StraightThrough.apply(merged, layer.quantized_weight()))
 
     wrong = gradients(layer, x, unmasked)["lora_A"]
@@ -185,7 +186,7 @@ def test_backward_keeps_little(kind: str) -> None:
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() != layer.weight.data_ptr():  # W0 is resident anyway
+        if tensor.data_ptr() != dense_base(layer.weight).data_ptr():  # W0 is resident anyway
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from l4q.config import QuantConfig
 from l4q.errors import UnsupportedError, UsageError
-from l4q.quant import SCALE_MAX, SCALE_MIN, ceil_scales, grid_params, init_qparams, snap_scales
+from l4q.init import init_qparams
+from l4q.quant import SCALE_MAX, SCALE_MIN, ceil_scales, grid_params, snap_scales
 from l4q.weight import QuantizedWeight
 
 

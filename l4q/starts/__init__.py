@@ -1,0 +1,75 @@
+"""Pre-quantized models as starting points: one reader per format, found by looking at the folder or file.
+
+| MODEL                                             | reader                          |
+|---------------------------------------------------|---------------------------------|
+| folder, config.json quant_method "gptq"           | `l4q.starts.gptq`               |
+| folder, quant_method "awq"                        | `l4q.starts.awq`                |
+| folder, quant_method "compressed-tensors"         | `l4q.starts.compressed_tensors` |
+| file ending in .gguf                              | `l4q.starts.gguf`               |
+| folder without quantization_config, or a hub id   | none: transformers loads it     |
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l4q.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from l4q.starts.start import PretrainedStart
+
+# quant_method of config.json -> module that decodes its tensors
+DECODERS = {
+    "gptq": "l4q.starts.gptq",
+    "awq": "l4q.starts.awq",
+    "compressed-tensors": "l4q.starts.compressed_tensors",
+}
+GGUF_SUFFIX = ".gguf"
+
+
+def open_start(model: str) -> PretrainedStart | None:
+    """Open a pre-quantized model; None for anything that transformers loads as it is.
+
+    Raises:
+        UsageError: The file or folder is damaged or incomplete.
+        UnsupportedError: A quantization no reader knows, or a variant that linear layers cannot be read from.
+    """
+    path = Path(model)
+    if path.suffix == GGUF_SUFFIX:
+        from l4q.starts.gguf import GgufStart
+
+        return GgufStart.open(path)
+    section = quantization_section(path) if path.is_dir() else None
+    if section is None:
+        return None
+    method = str(section.get("quant_method"))
+    if method not in DECODERS:
+        raise UnsupportedError(
+            "no reader for this kind of pre-quantized model",
+            where=path / "config.json",
+            got=f"quant_method {method}",
+            expected=f"one of {sorted(DECODERS)}, a .gguf file, or a model in 16 or 32 bits",
+            remedy="start from the 16-bit model it was made from",
+        )
+    from l4q.starts.folder import FolderStart
+
+    return FolderStart.open(path, section, importlib.import_module(DECODERS[method]))
+
+
+def quantization_section(folder: Path) -> dict[str, Any] | None:
+    """The quantization_config of a folder's config.json, or None.
+
+    Raises:
+        UsageError: config.json is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        section = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError("config.json cannot be read", where=path, got=error, expected="a JSON object") from error
+    return section if isinstance(section, dict) else None

@@ -1,0 +1,268 @@
+"""GGUF files: transformers reads config, tokenizer and values; the integers of linear block types are read here.
+
+    Q4_0: d, 32 nibbles                value = d * (q - 8)          d may be negative, see `LinearGrid.build`
+    Q4_1: d, m, 32 nibbles             value = d * q + m            integer zero-points where m = -z * d throughout
+    Q8_0: d, 32 signed bytes           value = d * q                read as codes q + 128
+
+Every other type that `gguf.quants.dequantize` knows (K types, IQ types, 16 and 32 bits) is dequantized and has no grid.
+Row orders and names are transformers' own: its tensor processor is applied to codes and block parameters alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from l4q.errors import UnsupportedError, UsageError
+from l4q.starts.grid import LinearGrid
+
+log = logging.getLogger(__name__)
+
+BLOCK = 32
+MAGIC = b"GGUF"
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+Fields = tuple[U8, F32, F32 | None]
+"""Codes [rows, columns], scales and mins [rows, blocks]."""
+
+
+def q4_0_fields(data: U8) -> Fields:
+    """Codes and scales of Q4_0 rows, uint8 [rows, blocks * 18]."""
+    blocks = data.reshape(len(data), -1, 2 + BLOCK // 2)
+    return _nibbles(blocks[..., 2:]), _halves(blocks[..., :2]), None
+
+
+def q4_1_fields(data: U8) -> Fields:
+    """Codes, scales and mins of Q4_1 rows, uint8 [rows, blocks * 20]."""
+    blocks = data.reshape(len(data), -1, 4 + BLOCK // 2)
+    return _nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4])
+
+
+def q8_0_fields(data: U8) -> Fields:
+    """Codes (raised by 128) and scales of Q8_0 rows, uint8 [rows, blocks * 34]."""
+    blocks = data.reshape(len(data), -1, 2 + BLOCK)
+    codes: U8 = blocks[..., 2:] ^ np.uint8(128)
+    return codes.reshape(len(data), -1), _halves(blocks[..., :2]), None
+
+
+# GGML type -> (bits, reader of its blocks)
+LINEAR_TYPES: dict[str, tuple[int, Callable[[U8], Fields]]] = {
+    "Q4_0": (4, q4_0_fields),
+    "Q4_1": (4, q4_1_fields),
+    "Q8_0": (8, q8_0_fields),
+}
+
+
+# attribute of a tokenizer -> the key of its token's id
+SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
+
+class GgufStart:
+    """A GGUF file; see `PretrainedStart`. `grid` and `modules` know nothing before `load` or `attach`."""
+
+    format = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._names: dict[str, str] = {}
+        self._processor: Any = None
+
+    @classmethod
+    def open(cls, path: Path) -> GgufStart:
+        """Check that the file is there and can be parsed.
+
+        Raises:
+            UsageError: It is missing or damaged.
+        """
+        try:
+            with path.open("rb") as file:
+                magic = file.read(len(MAGIC))
+        except OSError as error:
+            raise UsageError("the GGUF file cannot be read", where=path, got=error) from error
+        if magic != MAGIC:
+            raise UsageError("not a GGUF file", where=path, got=magic, expected=MAGIC)
+        start = cls(path)
+        try:
+            _ = start._tensors
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise UsageError(
+                "the GGUF file is truncated or damaged", where=path, got=error, remedy="copy it again"
+            ) from error
+        return start
+
+    def load(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """The model with dequantized weights in `dtype`, and its tokenizer.
+
+        Raises:
+            UnsupportedError: transformers cannot read this architecture from GGUF.
+            UsageError: Tensors are missing.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            model, info = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise UnsupportedError(
+                "transformers cannot load this GGUF file",
+                where=self.path,
+                got=str(error).splitlines()[0],
+                expected="a causal language model with its tokenizer",
+                remedy="start from the Hugging Face folder it was made from",
+            ) from error
+        if info["missing_keys"]:
+            raise UsageError(
+                "the GGUF file lacks tensors",
+                where=self.path,
+                got=sorted(info["missing_keys"])[:5],
+                remedy="copy it again",
+            )
+        _as_plain_model(model)
+        model.config.name_or_path = self.path.stem
+        self.attach(model)
+        self._complete(tokenizer, context=getattr(model.config, "max_position_embeddings", None))
+        return model, repair_tokenizer(tokenizer, self._field("tokenizer.ggml.pre"))
+
+    def modules(self) -> tuple[str, ...]:
+        """Linear modules stored in a linear block type."""
+        stems = {name.removesuffix(".weight"): self._tensors[target] for name, target in self._names.items()}
+        return tuple(stem for stem, tensor in stems.items() if tensor.tensor_type.name in LINEAR_TYPES)
+
+    def grid(self, module: str) -> LinearGrid | None:
+        """The integers of one linear layer; None if its type is not linear or the layer is not in the file."""
+        target = self._names.get(f"{module}.weight")
+        tensor = None if target is None else self._tensors[target]
+        if tensor is None or tensor.tensor_type.name not in LINEAR_TYPES or len(tensor.shape) != 2:
+            return None
+        bits, read = LINEAR_TYPES[tensor.tensor_type.name]
+        codes, scales, mins = (
+            None if part is None else self._hf_rows(part, tensor.name) for part in read(np.asarray(tensor.data))
+        )
+        where = f"{self.path}: {tensor.name}"
+        if mins is None:
+            return LinearGrid.build(codes, scales, bits=bits, where=where)  # type: ignore[arg-type]
+        zeros = integer_points(scales, mins, (1 << bits) - 1)  # type: ignore[arg-type]
+        if zeros is not None:
+            return LinearGrid.build(codes, scales, zeros, bits=bits, where=where)  # type: ignore[arg-type]
+        return LinearGrid.build(codes, scales, None, mins, bits=bits, where=where)  # type: ignore[arg-type]
+
+    @cached_property
+    def _reader(self) -> Any:
+        facts = self.path.stat()
+        return _read(self.path, facts.st_mtime_ns, facts.st_size)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        return {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def _field(self, key: str) -> Any:
+        field = self._reader.get_field(key)
+        return None if field is None else field.contents()
+
+    def attach(self, model: Any) -> None:
+        """Learn which tensor of the file holds which parameter of a loaded model, and how its rows are permuted."""
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        kind = TENSOR_PROCESSORS.get(self._field("general.architecture"), TensorProcessor)
+        self._processor = kind(config=model.config.to_dict())
+        found = get_gguf_hf_weights_map(model, self._processor)
+        self._names = {hf_name: target for target, hf_name in found.items() if target in self._tensors}
+
+    def _complete(self, tokenizer: Any, context: int | None) -> None:
+        """Special tokens and chat template that transformers' reader leaves out."""
+        for name, key in SPECIAL_TOKENS.items():
+            number = self._field(key)
+            if getattr(tokenizer, name) is None and number is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number)))
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = self._field("tokenizer.chat_template")
+        if context is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+
+    def _hf_rows(self, part: npt.NDArray[Any], name: str) -> torch.Tensor:
+        """Rows in Hugging Face's order: [rows, anything] of a GGUF tensor, permuted as transformers does."""
+        moved = self._processor.process(weights=part, name=name, tensor_key_mapping={}, parsed_parameters={}).weights
+        return torch.from_numpy(np.ascontiguousarray(moved))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed: int, size: int) -> Any:
+    """Parse a file once: with a large vocabulary that takes seconds. `changed` and `size` tell its versions apart."""
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
+
+
+def integer_points(scales: torch.Tensor, mins: torch.Tensor, top: int) -> torch.Tensor | None:
+    """Zero-points z with m = -z * d exactly and z in [0, top] in every block, or None."""
+    live = scales != 0
+    zeros = torch.where(live, -mins / torch.where(live, scales, 1), 0).round()
+    exact = (-zeros * scales == mins) & (zeros >= 0) & (zeros <= top)
+    return zeros.to(torch.int64) if bool(exact.all()) else None
+
+
+def repair_tokenizer(tokenizer: Any, pre: object) -> Any:
+    """Give a tokenizer that transformers rebuilt from a GGUF file the splitting its `tokenizer.ggml.pre` names.
+
+    transformers only builds the GPT-2 split; "smollm" splits digits one by one before it, and without that two spaces
+    before a number, for example, get other ids. Splittings unknown here are left alone, with a warning.
+    """
+    if pre in PRE_TOKENIZERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[str(pre)]()
+    elif pre not in (None, *GPT2_SPLIT):
+        log.warning("tokenizer.ggml.pre %s: transformers' tokenizer may split text otherwise than llama.cpp", pre)
+    return tokenizer
+
+
+def _smollm_split() -> Any:
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+# tokenizer.ggml.pre -> the pre-tokenizer it means
+PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {"smollm": _smollm_split}
+GPT2_SPLIT = ("default", "gpt-2", "gpt2")
+
+
+def _as_plain_model(model: Any) -> None:
+    """Undo what marks a model read from GGUF as quantized; its weights are plain floats by now."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    vars(model.config).pop("_model_name_or_path", None)  # the file's general.name, neither a path nor a model id
+    # The file holds the float32 nearest to 1e-5, say; its short form is the same float32.
+    epsilon = getattr(model.config, "rms_norm_eps", None)
+    if epsilon is not None:
+        model.config.rms_norm_eps = float(str(np.float32(epsilon)))
+
+
+def _nibbles(packed: U8) -> U8:
+    """[rows, blocks, 16] bytes to codes [rows, blocks * 32]: byte j holds columns j (low) and j + 16 (high)."""
+    codes: U8 = np.concatenate((packed & 15, packed >> 4), axis=-1)
+    return codes.reshape(len(packed), -1)
+
+
+def _halves(data: U8) -> F32:
+    """[rows, blocks, 2] bytes to float32 [rows, blocks]."""
+    return np.ascontiguousarray(data).view("<f2")[..., 0].astype(np.float32)

@@ -1,0 +1,83 @@
+"""What every process of `test_distributed` runs: several trainings in one launch, as starting a process costs most."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from l4q.config import LoraConfig, QuantConfig
+from l4q.distributed import decide, leave, process_index
+from l4q.errors import L4QError
+from l4q.sharding import shard_model
+from l4q.train import load_model, train
+from l4q.train_options import TrainOptions
+from runtime_tests.train_runs import rewind
+
+PROCESSES, STEPS, SAVED = 2, 5, 3
+
+
+def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
+    """Options for one process; every one of `PROCESSES` takes its share of the batch. Includes a LoRA warm-up."""
+    return TrainOptions(
+        model=str(model),
+        data=(data,),
+        out=out,
+        quant=QuantConfig(zero_point="integer"),
+        lora=LoraConfig(rank=4),
+        leave_dense=True,
+        lora_warmup_steps=2,
+        steps=STEPS,
+        batch_size=PROCESSES,
+        grad_accum=2,
+        max_length=32,
+        save_every=SAVED,
+        keep_states=9,
+    )
+
+
+def main(model: Path, data: Path, folder: Path) -> None:
+    """Train with DDP and with FSDP2, resume both from their states, resume each as the other, and fail twice."""
+    options = replace(global_options(model, data, folder), batch_size=1)
+    ddp, fsdp = folder / "ddp", folder / "fsdp"
+    train(replace(options, out=ddp))
+    train(replace(options, out=fsdp, fsdp=True, gradient_checkpointing=True))
+    for name, source, sharded in (
+        ("ddp_again", ddp, False),
+        ("fsdp_again", fsdp, True),
+        ("fsdp_to_ddp", fsdp, False),
+        ("ddp_to_fsdp", ddp, True),
+    ):
+        out = folder / name
+        decide(lambda out=out, source=source: rewind(source, out, SAVED))  # type: ignore[misc]
+        train(replace(options, out=out, fsdp=sharded, gradient_checkpointing=source is fsdp, resume=True))
+    loaded, _ = load_model(replace(options, fsdp=True))
+    weight = max(float(parameter.abs().max()) for parameter in loaded.parameters())
+    note(folder / "weights", weight)
+    unequal = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4 + process_index())])})
+    note(folder / "claim", failure(lambda: train(replace(options, out=ddp))))
+    note(folder / "unequal", failure(lambda: shard_model(unequal, torch.device("cpu"))))
+    leave()
+
+
+def failure(action: Callable[[], object]) -> str:
+    """The error an action ends with."""
+    try:
+        action()
+    except L4QError as error:
+        return f"{type(error).__name__} {error.exit_code}: {error}"
+    return "none"
+
+
+def note(path: Path, value: object) -> None:
+    """Tell the test what this process saw."""
+    path.with_name(f"{path.name}-{process_index()}.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

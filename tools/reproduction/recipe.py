@@ -1,0 +1,131 @@
+"""What a run of the comparison is made of: the recipe every cell shares, and the cells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from l4q.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Model, data and optimizer settings that all methods get alike.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    model: str
+    """Folder under build/assets."""
+    group_size: int
+    """Columns per scale; layers it does not divide stay dense and unadapted in every method."""
+    length: int
+    """Tokens per sequence."""
+    batch: int
+    """Sequences per step."""
+    steps: int
+    """Optimizer steps."""
+    eval_window: int
+    """Tokens per held-out window."""
+    eval_windows: int
+    """Windows from the middle of each held-out text."""
+    calibration: int
+    """Training sequences that GPTQ sees, never more than it needs: drawn before the first step's."""
+    lr: float = 1e-3
+    """Peak learning rate of LoRA's A and B in every method."""
+    scale_lr: float | None = None
+    """Peak learning rate of trained scales (L4Q, QAT-LoRA); None: l4q's default, lr / 20."""
+    offset_lr: float | None = None
+    """Peak learning rate of trained offsets (L4Q, QAT-LoRA); None: l4q's default, lr / 20."""
+    rank: int = 8
+    alpha: float = 16.0
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    benchmark_items: int = 0
+    """Questions per multiple-choice benchmark; 0 leaves benchmarks out."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "batch", "steps", "eval_windows", "calibration", "rank"):
+            if getattr(self, name) < 1:
+                raise UsageError("a recipe value is out of range", where=name, got=getattr(self, name), expected=">= 1")
+        if min(self.length, self.eval_window) < 2:
+            raise UsageError("sequences of one token have nothing to predict", got=self.length, expected=">= 2")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; equal recipes give equal dictionaries."""
+        return asdict(self)
+
+    def key(self) -> str:
+        """Short hash that a cell's result must carry to count as done."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+MODELS: dict[str, Recipe] = {
+    # hidden 128, so groups of 32; down_proj's 341 inputs stay dense
+    "glassllm": Recipe(
+        model="glassllm",
+        group_size=32,
+        length=128,
+        batch=8,
+        steps=60,
+        eval_window=128,
+        eval_windows=64,
+        calibration=64,
+        lr=1e-2,  # of 1e-3, 3e-3, 1e-2 the best for 16-bit LoRA (seed 0, 100 steps)
+        scale_lr=2e-4,
+        offset_lr=2e-3,
+    ),
+    "smollm2": Recipe(
+        model="smollm2",
+        group_size=64,
+        length=512,
+        batch=2,
+        steps=40,
+        eval_window=512,
+        eval_windows=12,
+        calibration=16,
+        lr=1e-3,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: a method at one bit width with one seed."""
+
+    method: str
+    bits: int | None
+    """None: the training does not depend on bits, and the cell reports all of them."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """File name without suffix."""
+        width = "all" if self.bits is None else f"{self.bits}bit"
+        return f"{self.method}-{width}-seed{self.seed}"
+
+
+def plan_cells(methods: tuple[str, ...], bits: tuple[int, ...], seeds: tuple[int, ...]) -> list[Cell]:
+    """All cells in the order they run: seed by seed, so that a run that is cut short still compares methods.
+
+    Raises:
+        UsageError: An unknown method.
+    """
+    from tools.reproduction.methods import METHODS
+
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise UsageError("unknown method", got=unknown, expected=sorted(METHODS))
+    cells = []
+    for number, seed in enumerate(seeds):
+        for method in methods:
+            spec = METHODS[method]
+            if spec.seeded or number == 0:
+                widths: tuple[int | None, ...] = bits if spec.per_bits else (None,)
+                cells += [Cell(method=method, bits=width, seed=seed) for width in widths]
+    return cells
