@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from exporters.gguf.encode import encode
 from exporters.gguf.families import Architecture
-from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_freqs
+from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_tensors
 from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
-from exporters.gguf.plan import ROPE_FREQS, file_name, main_encoding, model_name
+from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_name
 from exporters.gguf.vocab import read_vocabulary
 from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
@@ -73,9 +73,8 @@ def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
 
 def _tensor_data(checkpoint: L4QCheckpoint, architecture: Architecture, tensor: PlannedTensor) -> Data:
     """The tensor's bytes in file order."""
-    if tensor.target == ROPE_FREQS:
-        divisors = rope_freqs(checkpoint.config)
-        return np.empty(0, np.float32) if divisors is None else divisors
+    if tensor.name == ROPE_SOURCE:
+        return rope_tensors(checkpoint.config)[tensor.target]
     if tensor.quantized:
         rows: Data = encode(checkpoint.quantized(tensor.name), tensor.encoding)
     else:
