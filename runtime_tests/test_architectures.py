@@ -283,6 +283,14 @@ def test_gguf_embeddings_on_request(
     assert table_module.divergence(expected, got) < limit
 
 
+def test_values_beyond_float16_are_refused(checkpoints: dict[str, L4QCheckpoint], tmp_path: Path) -> None:
+    """An embedding that float16 would turn into infinity is an error with its magnitude."""
+    changed = L4QCheckpoint.open(checkpoints["llama"].path)
+    dense("embed_tokens.weight", lambda values: values * 1e9)(changed)
+    with pytest.raises(UnsupportedError, match=r"(?s)float16 cannot hold.*embed_tokens.*at most 65504"):
+        write_export(changed, gguf_exporter, tmp_path / "out", gguf_embeddings="f16")
+
+
 def test_q8_0_embeddings_need_whole_blocks(tmp_path: Path) -> None:
     """Rows of 80 columns cannot be Q8_0, and an unknown choice is an error."""
     sizes = {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32}

@@ -19,6 +19,7 @@ from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_nam
 from exporters.gguf.vocab import read_vocabulary
 from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import UnsupportedError
 
 Data = npt.NDArray[np.generic]
 
@@ -90,7 +91,11 @@ def _part(values: Any, targets: tuple[str, ...], target: str) -> Any:
 
 
 def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -> Data:
-    """A dense torch tensor in its planned encoding; BF16, which NumPy lacks, as uint16 bit patterns."""
+    """A dense torch tensor in its planned encoding; BF16, which NumPy lacks, as uint16 bit patterns.
+
+    Raises:
+        UnsupportedError: A value is beyond float16.
+    """
     import torch
 
     if architecture.norm_plus_one and tensor.target.endswith("_norm.weight"):
@@ -102,4 +107,12 @@ def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -
         return bits
     dtype = {"F32": torch.float32, "F16": torch.float16}[tensor.encoding]
     plain: Data = values.to(dtype).contiguous().numpy()
+    if tensor.encoding == "F16" and not np.isfinite(plain).all():
+        raise UnsupportedError(
+            "float16 cannot hold these values",
+            where=tensor.name,
+            got=f"magnitudes up to {values.abs().max().item():g}",
+            expected="at most 65504",
+            remedy="use --gguf-embeddings stored or q8_0",
+        )
     return plain
