@@ -200,7 +200,7 @@ def render(table: Mapping[str, Mapping[str, Cell]]) -> str:
 
     def shown(cell: Cell) -> str:
         lines = cell.refused.splitlines()
-        notes = [note for note in cell.notes if note.startswith(("context length", "experts"))]
+        notes = [note for note in cell.notes if note.startswith(("context length", "experts", "rope type"))]
         texts = [lines[0]] if lines else notes
         marks = "".join(f" [{remarks.setdefault(text, len(remarks) + 1)}]" for text in texts)
         return f"{cell.status}{marks}"

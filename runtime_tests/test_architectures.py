@@ -27,7 +27,7 @@ from runtime_tests.engines.llamacpp_engine import Engine as LlamaEngine
 from runtime_tests.engines.onnxruntime_engine import Engine as OnnxEngine
 from runtime_tests.onnx_models import open_session, run_session, torch_logits
 from runtime_tests.random_models import build_model, dequantized_model, model_logprobs, random_weight, save_random
-from runtime_tests.tiny_archs import NONE, SIZES, TINY_ARCHS, tiny_arch_checkpoint
+from runtime_tests.tiny_archs import LONG_ROPE, NONE, SIZES, TINY_ARCHS, tiny_arch_checkpoint
 
 Damage = Callable[[L4QCheckpoint], None]
 REFUSED_IN_GGUF = ("qwen2-wide", "gemma2-scaled")
@@ -130,6 +130,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "experts per token": ("qwen3-moe", setting(num_experts_per_tok=2)),
     "no bias": ("qwen2", dense("k_proj.bias", torch.zeros_like)),
     "q norm": ("qwen3", dense("q_norm.weight", lambda values: values.flip(0))),
+    "longrope's long factors": ("phi3-long", setting(rope_parameters={**LONG_ROPE, "long_factor": [3.0] * 8})),
     "rotary share": (
         "phi3-partial",
         setting(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}),
@@ -164,14 +165,32 @@ def test_left_padded_batches_are_right(name: str, checkpoints: dict[str, L4QChec
     assert np.abs(run_session(session, ids, np.ones_like(ids))[0][1:, 6:] - alone).max() > 1e-2
 
 
+def test_longrope_takes_the_factors_of_the_length(tmp_path: Path) -> None:
+    """Up to the original context both runtimes rotate by the short factors; llama.cpp decides by its context size."""
+    limits = {"original_max_position_embeddings": 256, "max_position_embeddings": 512}
+    checkpoint = tiny_arch_checkpoint(TINY_ARCHS["phi3-long"], tmp_path / "l4q", **limits)
+    expected = model_logprobs(dequantized_model(checkpoint), IDS)
+    notes = write_export(checkpoint, gguf_exporter, tmp_path / "gguf", gguf_type="F32")
+    assert any("-c 256" in note for note in notes)
+    differences = []
+    for context in (256, 512):
+        llama = LlamaEngine(str(tmp_path / "gguf"), kv="f32", n_threads=1, n_ctx=context)
+        differences.append(np.abs(llama.prompt_logprobs(IDS) - expected).mean())
+        llama.close()
+    assert differences[0] < MEAN_LIMIT
+    assert differences[1] > 10 * MEAN_LIMIT
+    notes = write_export(checkpoint, onnx_exporter, tmp_path / "onnx")
+    assert any("passes 256 tokens" in note for note in notes)
+    engine = OnnxEngine(str(tmp_path / "onnx"), threads=1)
+    assert np.abs(engine.prompt_logprobs(IDS) - expected).mean() < MEAN_LIMIT
+    engine.close()
+
+
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
     """A tiny architecture's config.json with changes."""
     arch = TINY_ARCHS[name]
     stock = AutoConfig.for_model(arch.model_type, **{**SIZES, **arch.changes}).to_dict()
     return {**stock, **changes}
-
-
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +203,8 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 
         ("Gemma2ForCausalLM", config_of("gemma2", hidden_activation="gelu"), r"(?s)hidden_activation.*tanh"),
         ("Gemma3ForCausalLM", config_of("gemma3", final_logit_softcapping=30.0), r"final_logit_softcapping"),
         ("Gemma3ForCausalLM", config_of("gemma3", use_bidirectional_attention=True), r"use_bidirectional_attention"),
-        ("Phi3ForCausalLM", config_of("phi3", rope_parameters=LONGROPE), r"rope_type longrope"),
+        ("LlamaForCausalLM", config_of("llama", rope_parameters={"rope_type": "longrope"}), r"rope_type longrope"),
+        ("Phi3ForCausalLM", config_of("phi3", rope_parameters={"rope_type": "yarn"}), r"rope_type yarn"),
         ("Qwen3MoeForCausalLM", config_of("qwen3-moe", norm_topk_prob=False), r"norm_topk_prob"),
         ("Qwen3MoeForCausalLM", config_of("qwen3-moe", mlp_only_layers=[0]), r"mlp_only_layers"),
         ("Qwen3MoeForCausalLM", config_of("qwen3-moe", decoder_sparse_step=2), r"decoder_sparse_step"),
@@ -206,11 +226,6 @@ def test_gguf_refuses_what_llama_cpp_would_do_otherwise(
         ("Gemma2ForCausalLM", config_of("gemma2", hidden_activation="gelu"), r"(?s)hidden_act.*gelu_pytorch_tanh"),
         ("Qwen3MoeForCausalLM", config_of("qwen3-moe", mlp_only_layers=[0]), r"mlp_only_layers"),
         ("Qwen3MoeForCausalLM", config_of("qwen3-moe", decoder_sparse_step=2), r"decoder_sparse_step"),
-        (
-            "Phi3ForCausalLM",
-            config_of("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64),
-            r"longrope",
-        ),
     ],
 )
 def test_onnx_refuses_what_its_graph_lacks(architecture: str, config: dict[str, Any], message: str) -> None:
@@ -266,6 +281,14 @@ def test_gguf_embeddings_on_request(
     engine.close()
     expected = model_logprobs(dequantized_model(checkpoint), IDS)
     assert table_module.divergence(expected, got) < limit
+
+
+def test_values_beyond_float16_are_refused(checkpoints: dict[str, L4QCheckpoint], tmp_path: Path) -> None:
+    """An embedding that float16 would turn into infinity is an error with its magnitude."""
+    changed = L4QCheckpoint.open(checkpoints["llama"].path)
+    dense("embed_tokens.weight", lambda values: values * 1e9)(changed)
+    with pytest.raises(UnsupportedError, match=r"(?s)float16 cannot hold.*embed_tokens.*at most 65504"):
+        write_export(changed, gguf_exporter, tmp_path / "out", gguf_embeddings="f16")
 
 
 def test_q8_0_embeddings_need_whole_blocks(tmp_path: Path) -> None:

@@ -42,6 +42,12 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 500000.0, "factor": 8.0},
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0],
+}
 NONE = QuantConfig(bits=4, group_size=32, zero_point="none")
 INTEGER = QuantConfig(bits=4, group_size=32, zero_point="integer")
 
@@ -125,6 +131,16 @@ TINY_ARCHS: Mapping[str, TinyArch] = {
             "head_dim": 16,
             "sliding_window": 60,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3-long": TinyArch(
+        family="phi-3/4-mini 128k (rope type longrope)",
+        model_type="phi3",
+        changes={
+            "head_dim": 16,
+            "tie_word_embeddings": False,
+            "rope_parameters": LONG_ROPE,
+            "original_max_position_embeddings": 24,
         },
     ),
     "mixtral": TinyArch(

@@ -9,6 +9,7 @@ from typing import Any, Final
 import gguf
 
 from exporters.gguf.model_config import (
+    LONGROPE,
     Config,
     activation,
     experts,
@@ -16,6 +17,7 @@ from exporters.gguf.model_config import (
     kv_heads,
     layer_types,
     need,
+    original_context,
     partial_rotary_factor,
     rope_parameters,
     rotary_dim,
@@ -208,7 +210,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "Phi3ForCausalLM": Architecture(
         gguf_arch=gguf.MODEL_ARCH.PHI3,
         block_modules=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-        facts=(_SILU, _rope_types("default", "linear"), _PLAIN_HEADS),
+        facts=(_SILU, _rope_types("default", "linear", LONGROPE), _PLAIN_HEADS),
     ),
 }
 """Hugging Face architecture to GGUF; the first row of a GGUF architecture describes its files too."""
@@ -228,6 +230,12 @@ def notes(architecture: Architecture, config: Config) -> list[str]:
         found.append(
             f"context length cut to the sliding window of {window(config)} tokens, because llama.cpp's graph of "
             f"{architecture.name} attends to everything: within it both agree"
+        )
+    if rope_parameters(config)["rope_type"] == LONGROPE:
+        original = original_context(config)
+        found.append(
+            f"rope type longrope: llama.cpp uses the long factors whenever its context is above {original} tokens, "
+            f"transformers only for sequences that are: start llama.cpp with -c {original} for shorter ones"
         )
     if architecture.stacks:
         found.append(

@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.gguf.families import COMMON_KEYS, Architecture, context_length
-from exporters.gguf.model_config import Config, head_dim, rope_parameters
+from exporters.gguf.model_config import (
+    LONGROPE,
+    Config,
+    head_dim,
+    longrope_attention_factor,
+    original_context,
+    rope_parameters,
+)
 from l4q.errors import UnsupportedError
 
 QUANTIZED_KEY: Final = "l4q.quantized_tensors"
@@ -52,11 +59,12 @@ def model_metadata(architecture: Architecture, config: Config) -> list[MetadataV
             value=context_length(architecture, config),
             type=gguf.GGUFValueType.UINT32,
         )
+        longrope = _longrope(architecture, config)
     except KeyError as error:
         raise UnsupportedError(
             "config.json lacks a value GGUF needs", where=f"config.json: {error.args[0]}", remedy="complete the config"
         ) from error
-    return [*values, length, *_rope_scaling(architecture, rope_parameters(config))]
+    return [*values, length, *longrope, *_rope_scaling(architecture, rope_parameters(config))]
 
 
 def rope_freqs(config: Config) -> npt.NDArray[np.float32] | None:
@@ -76,6 +84,29 @@ def rope_freqs(config: Config) -> npt.NDArray[np.float32] | None:
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     divisors: npt.NDArray[np.float32] = (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
     return divisors
+
+
+def rope_tensors(config: Config) -> dict[str, npt.NDArray[np.float32]]:
+    """Divisors of the RoPE frequencies by GGUF tensor: one for llama3, two for longrope, none for other types."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] == LONGROPE:
+        return {
+            f"rope_factors_{length}.weight": np.asarray(rope[f"{length}_factor"], dtype=np.float32)
+            for length in ("long", "short")
+        }
+    divisors = rope_freqs(config)
+    return {} if divisors is None else {"rope_freqs.weight": divisors}
+
+
+def _longrope(architecture: Architecture, config: Config) -> list[MetadataValue]:
+    if rope_parameters(config)["rope_type"] != LONGROPE:
+        return []
+    original = gguf.Keys.Rope.SCALING_ORIG_CTX_LEN.format(arch=architecture.name)
+    factor = gguf.Keys.Rope.SCALING_ATTN_FACTOR.format(arch=architecture.name)
+    return [
+        MetadataValue(key=original, value=original_context(config), type=gguf.GGUFValueType.UINT32),
+        MetadataValue(key=factor, value=longrope_attention_factor(config), type=gguf.GGUFValueType.FLOAT32),
+    ]
 
 
 def _rope_scaling(architecture: Architecture, rope: dict[str, Any]) -> list[MetadataValue]:

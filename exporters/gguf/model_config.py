@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 Config = Mapping[str, Any]
 
+LONGROPE: Final = "longrope"
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 
@@ -71,6 +73,21 @@ def partial_rotary_factor(config: Config) -> float:
 def rotary_dim(config: Config) -> int:
     """Columns of a head that rotate."""
     return int(head_dim(config) * partial_rotary_factor(config))
+
+
+def original_context(config: Config) -> int:
+    """Positions that rope type longrope was stretched from."""
+    given = rope_parameters(config).get("original_max_position_embeddings")
+    return int(given or need(config, "original_max_position_embeddings"))
+
+
+def longrope_attention_factor(config: Config) -> float:
+    """Factor of rope type longrope on cos and sin (transformers' `_compute_longrope_parameters`)."""
+    rope, original = rope_parameters(config), original_context(config)
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
+    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def activation(config: Config) -> str:

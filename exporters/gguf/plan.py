@@ -10,7 +10,8 @@ from typing import Final
 
 from exporters.gguf.encode import Subject, choose_encoding, encoded_nbytes
 from exporters.gguf.families import notes
-from exporters.gguf.metadata import model_metadata, rope_freqs
+from exporters.gguf.metadata import model_metadata, rope_tensors
+from exporters.gguf.model_config import rope_parameters
 from exporters.gguf.names import architecture_of, gguf_names, stack_targets
 from exporters.gguf.pack import BLOCK
 from exporters.gguf.vocab import read_vocabulary
@@ -18,8 +19,8 @@ from exporters.plan import ExportOptions, ExportPlan, Fidelity, GgufEmbeddings, 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
 
-ROPE_FREQS: Final = "rope_freqs.weight"
-"""Target of the RoPE divisors, which come from config.json rather than from a tensor."""
+ROPE_SOURCE: Final = "config.json rope parameters"
+"""Name of the RoPE divisors, which come from config.json rather than from a tensor."""
 
 DENSE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -167,18 +168,17 @@ def _check_embedding(name: str, shape: tuple[int, ...], encoding: str) -> None:
 
 
 def _plan_rope(checkpoint: L4QCheckpoint) -> list[PlannedTensor]:
-    divisors = rope_freqs(checkpoint.config)
-    if divisors is None:
-        return []
+    kind = rope_parameters(checkpoint.config)["rope_type"]
     return [
         PlannedTensor(
-            name="config.json rope parameters",
-            target=ROPE_FREQS,
+            name=ROPE_SOURCE,
+            target=target,
             encoding="F32",
             shape=divisors.shape,
             nbytes=divisors.nbytes,
             fidelity=Fidelity.EXACT,
-            reason="RoPE type llama3",
+            reason=f"RoPE type {kind}",
             quantized=False,
         )
+        for target, divisors in rope_tensors(checkpoint.config).items()
     ]

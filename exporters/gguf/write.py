@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from exporters.gguf.encode import encode
 from exporters.gguf.families import Architecture
-from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_freqs
+from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_tensors
 from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
-from exporters.gguf.plan import ROPE_FREQS, file_name, main_encoding, model_name
+from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_name
 from exporters.gguf.vocab import read_vocabulary
 from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import UnsupportedError
 
 Data = npt.NDArray[np.generic]
 
@@ -73,9 +74,8 @@ def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
 
 def _tensor_data(checkpoint: L4QCheckpoint, architecture: Architecture, tensor: PlannedTensor) -> Data:
     """The tensor's bytes in file order."""
-    if tensor.target == ROPE_FREQS:
-        divisors = rope_freqs(checkpoint.config)
-        return np.empty(0, np.float32) if divisors is None else divisors
+    if tensor.name == ROPE_SOURCE:
+        return rope_tensors(checkpoint.config)[tensor.target]
     if tensor.quantized:
         rows: Data = encode(checkpoint.quantized(tensor.name), tensor.encoding)
     else:
@@ -91,7 +91,11 @@ def _part(values: Any, targets: tuple[str, ...], target: str) -> Any:
 
 
 def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -> Data:
-    """A dense torch tensor in its planned encoding; BF16, which NumPy lacks, as uint16 bit patterns."""
+    """A dense torch tensor in its planned encoding; BF16, which NumPy lacks, as uint16 bit patterns.
+
+    Raises:
+        UnsupportedError: A value is beyond float16.
+    """
     import torch
 
     if architecture.norm_plus_one and tensor.target.endswith("_norm.weight"):
@@ -103,4 +107,12 @@ def dense_data(values: Any, tensor: PlannedTensor, architecture: Architecture) -
         return bits
     dtype = {"F32": torch.float32, "F16": torch.float16}[tensor.encoding]
     plain: Data = values.to(dtype).contiguous().numpy()
+    if tensor.encoding == "F16" and not np.isfinite(plain).all():
+        raise UnsupportedError(
+            "float16 cannot hold these values",
+            where=tensor.name,
+            got=f"magnitudes up to {values.abs().max().item():g}",
+            expected="at most 65504",
+            remedy="use --gguf-embeddings stored or q8_0",
+        )
     return plain

@@ -72,8 +72,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotations whose frequencies do not depend on the sequence's length, so that one constant holds them."""
+LONGROPE = "longrope"
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", LONGROPE)
+"""Rotations whose frequencies are constants, or one of two constants for short and long sequences (longrope)."""
 
 ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 """Activations that exporters.onnx.mlp emits."""
@@ -97,6 +98,9 @@ class Rotation:
     """[rotary_dim / 2] rotation per position, radians."""
     scaling: float
     """Factor on cos and sin."""
+    long_inv_freq: F32 | None = None
+    """What takes the place of `inv_freq` in sequences above `long_from` positions."""
+    long_from: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,7 +231,7 @@ def _rotations(parsed: Any, family: Family, kinds: tuple[str, ...], head_dim: in
     """Frequencies per kind of layer, as transformers computes them."""
     parameters = parsed.rope_parameters
     for kind in sorted(set(kinds)):
-        _check_choice("rope_type", parameters.get(kind, parameters)["rope_type"], FIXED_ROPE_TYPES)
+        _check_choice("rope_type", parameters.get(kind, parameters)["rope_type"], ROPE_TYPES)
     module, _, name = family.rotary.rpartition(".")
     rotary = getattr(import_module(f"transformers.models.{module}"), name)(parsed)
     found = {}
@@ -239,8 +243,20 @@ def _rotations(parsed: Any, family: Family, kinds: tuple[str, ...], head_dim: in
                 "partial rotary embeddings are not covered", got=2 * inv_freq.size, expected=f"head_dim {head_dim}"
             )
         scaling = float(getattr(rotary, f"{prefix}attention_scaling"))
-        found[kind] = Rotation(inv_freq=inv_freq, scaling=scaling)
+        long_inv_freq, long_from = _long_rotation(parsed, parameters.get(kind, parameters))
+        found[kind] = Rotation(inv_freq=inv_freq, scaling=scaling, long_inv_freq=long_inv_freq, long_from=long_from)
     return found
+
+
+def _long_rotation(parsed: Any, parameters: Mapping[str, Any]) -> tuple[F32 | None, int]:
+    """Frequencies of long sequences and the longest that is not one; (None, 0) when length does not matter."""
+    if parameters["rope_type"] != LONGROPE:
+        return None, 0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    limit = int(parsed.rope_parameters["original_max_position_embeddings"])
+    inv_freq, _ = ROPE_INIT_FUNCTIONS[LONGROPE](parsed, "cpu", seq_len=limit + 1)
+    return inv_freq.numpy().astype(np.float32), limit
 
 
 def _check_experts(parsed: Any, family: Family) -> None:

@@ -142,6 +142,13 @@ def _rotation(builder: GraphBuilder, kind: str, rotation: Rotation, positions: i
     """
     scope = f"rotary/{kind}"
     inv_freq = builder.constant(f"{scope}/inv_freq", rotation.inv_freq[None, None, :])  # [1, 1, rotary_dim / 2]
+    if rotation.long_inv_freq is not None:
+        # As in transformers' forward: the longest row of the batch decides, and cached keys keep their rotation.
+        last = builder.op("ReduceMax", positions, scope=scope, keepdims=0)
+        limit = builder.constant(f"{scope}/long_from", as_float32(rotation.long_from - 0.5))
+        long_inv_freq = builder.constant(f"{scope}/long_inv_freq", rotation.long_inv_freq[None, None, :])
+        is_long = builder.op("Greater", last, limit, scope=scope)
+        inv_freq = builder.op("Where", is_long, long_inv_freq, inv_freq, scope=scope)
     angles = builder.op("Mul", positions, inv_freq, scope=scope)
     cos, sin = (builder.op(name, angles, scope=scope) for name in ("Cos", "Sin"))
     if rotation.scaling == 1.0:

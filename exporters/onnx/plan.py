@@ -29,6 +29,10 @@ EXPERTS_NOTE = (
     "experts stay dense (3-D tensors, not linear modules) and every token passes through all of them: standard ONNX "
     "cannot skip an expert per token"
 )
+LONGROPE_NOTE = (
+    "rope type longrope: keys cached in a sequence of up to {limit} tokens keep the short rotation, so a caller whose "
+    "generation passes {limit} tokens should start again without a cache there, as transformers' generate does"
+)
 REASONS = {
     "none": "signed codes, no zero-point tensor",
     "integer": "codes and zero-points as trained",
@@ -51,6 +55,8 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     notes = [ACCURACY_NOTES.get(level, f"accuracy level {level}: float32 activations on x64")]
     if any(checkpoint.info(module).zero_point == "float" for module in checkpoint.modules):
         notes.append(FLOAT_NOTE)
+    limits = sorted({rotation.long_from for rotation in spec.rotations.values() if rotation.long_inv_freq is not None})
+    notes += [LONGROPE_NOTE.format(limit=limit) for limit in limits]
     if spec.experts is not None:
         notes.append(EXPERTS_NOTE)
     return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes))

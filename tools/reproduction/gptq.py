@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1), re-implemented: GPTQModel needs another torch than ours.
+"""GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1), re-implemented: GPTQModel 7.7 needs a newer torch.
 
 Columns are quantized one after another; the error of each is spread over the columns not yet done with the inverse
 Hessian's Cholesky factor. Groups take their min-max grid from the updated weights when the first of their columns is

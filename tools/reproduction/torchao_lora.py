@@ -1,8 +1,8 @@
 """What torchtune, torchao and Unsloth do: fake-quantize the frozen W, train LoRA beside it, merge, quantize the sum.
 
 With torchao installed its own fake-quantized layers train (their grid is computed anew in every forward pass).
-Otherwise the layers hold the same values as constants: W is frozen, so torchao computes the same grid every time, and
-only the step time differs.
+Otherwise the layers hold its formula's values as constants: W is frozen, so torchao computes the same grid every time.
+Step times then differ, and so does the code of a weight half-way between two (seen in torchao 0.18).
 """
 
 from __future__ import annotations
