@@ -201,7 +201,8 @@ def save_l4q(
     layers = dict(l4q_layers(model))
     inside = tuple(f"{name}." for name in layers)
     dense_modules = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    config = model.config.to_dict()
+    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    config["architectures"] = config.get("architectures") or [type(model).__name__]  # from_config leaves it empty
     weights = freeze_model(model)
     dense = ((name, whole(tensor)) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside))
     if not is_main():
@@ -209,7 +210,7 @@ def save_l4q(
         return
     save_checkpoint(
         out,
-        config={key: value for key, value in config.items() if key != "quantization_config"},
+        config=config,
         weights=weights,
         dense=dense,
         quant=quant,

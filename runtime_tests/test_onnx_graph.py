@@ -24,8 +24,9 @@ from runtime_tests.onnx_models import (
     torch_model,
 )
 
-# Logits here are of order 10 and both sides add up the same float32 products in another order; measured 3e-5 or less.
-LOGIT_TOLERANCE = 1e-4
+# Logits here are of order 10 and both sides add up the same float32 products in another order: 3e-5 or less as drawn,
+# 1.7e-4 for the worst of other draws (per-row groups with float zero-points).
+LOGIT_TOLERANCE = 3e-4
 FAULT = "model.layers.1.self_attn.k_proj"
 
 
