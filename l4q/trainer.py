@@ -1,7 +1,7 @@
 """transformers.Trainer with three learning rates, safetensors-only saved states, and a stop at non-finite losses.
 
 Only what those three need is overridden; the loop, accumulation, clipping, schedule and distribution are the Trainer's.
-The layers are ordinary modules, so other trainers (TRL, a plain loop) work on a wrapped model just as well.
+The layers are ordinary modules, so another trainer or a plain loop works on a wrapped model just as well.
 """
 
 from __future__ import annotations
