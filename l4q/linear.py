@@ -51,10 +51,17 @@ class L4QFunction(torch.autograd.Function):
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, lora_a, lora_b, scales, mins)
         ctx.scaling, ctx.max_code = scaling, max_code
         update, params = LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins)
-        return F.linear(x, fake_quantize(weight, update, params, max_code, x.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # it would merge in 16 bits, and freeze does not
+            return F.linear(x, fake_quantize(weight, update, params, max_code, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """`_gradients` without autocast, whatever surrounds the call."""
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return L4QFunction._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A, B, s and m; eqs 19 and 21 with m = b + Q_N * s.
 
         Inside the clamp dW_q/ds = q - w and dW_q/dm = 0; outside dW_q/ds = q (0 or max_code) and dW_q/dm = 1.
@@ -64,7 +71,7 @@ class L4QFunction(torch.autograd.Function):
         weight = weight if ctx.packed is None else ctx.packed
         dtype = scales.dtype
         update = LoraUpdate(lora_a.to(dtype), lora_b.to(dtype), ctx.scaling)
-        grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
+        grad_y = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, out]
         flat_x = x.reshape(-1, x.shape[-1])  # [tokens, in]
         quantized = torch.empty(weight.shape, dtype=grad_y.dtype, device=x.device)
         grad_a, grad_b = torch.zeros_like(update.a), torch.empty_like(update.b)
@@ -157,7 +164,12 @@ class L4QLinear(nn.Module):
         return cls(weight if base is None else base, bias, quant, lora, init=init, learning=learning, qparams=qparams)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in] -> [..., out] through the quantized merged weight (in a warm-up: the merged weight)."""
+        """X [..., in] -> [..., out] through the quantized merged weight (in a warm-up: the merged weight).
+
+        Under autocast x is cast to its dtype and so is the result, as torch.nn.Linear does; the grid stays in float32.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         lora_a = F.dropout(self.lora_A, self.lora.dropout, self.training) if self.lora.dropout else self.lora_A
         y: torch.Tensor
         if self.quantizing:
