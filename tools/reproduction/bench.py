@@ -153,7 +153,8 @@ class Workbench:
         model.train()
 
         def step(ids: torch.Tensor) -> float:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.amp):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             optimizer.step()

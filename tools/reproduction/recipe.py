@@ -45,6 +45,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
+    amp: bool = False
+    """Train every method under torch.autocast: weights and grids in float32, products in bfloat16."""
     benchmark_items: int = 0
     """Questions per multiple-choice benchmark; 0 leaves benchmarks out."""
     device: str = "cpu"
@@ -90,6 +92,7 @@ MODELS: dict[str, Recipe] = {
         eval_windows=12,
         calibration=16,
         lr=1e-3,
+        amp=True,
     ),
 }
 
