@@ -42,6 +42,7 @@ RESULT_LINES = {
     "--scale-grid", type=click.Choice(get_args(ScaleGrid)), help="Scale values; default follows --zero-point."
 )
 @click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
+@click.option("--calibration", type=int, default=16, help="Training sequences that --init calibrated looks at.")
 @click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
 @click.option("--train-offsets/--no-train-offsets", default=True, help="Whether the offsets train, if there are any.")
 @click.option(

@@ -12,6 +12,8 @@ clip by design and take the nearest scale.
 | `symm`  | max|W| / 2^(n-1)                         | 0                    | yes                |
 | `asymm` | (max W - min W) / (Q_P - Q_N)            | max W - s Q_P        | no                 |
 
+A fifth, `calibrated` (`l4q.calibrate`), is ours: it searches s and b on real inputs, and clips where that pays.
+
 `asymm` follows the kind of zero-point. "float": b as in the table, with m = b + Q_N s rounded down onto fp16 and s up.
 "integer": only whole steps are possible, so of all z in [1, 2^n - 1] the one whose smallest non-clipping s is least.
 "none": refused, as b is zero there and the smallest non-clipping s is that of `l4q`.
@@ -38,13 +40,16 @@ class Start(NamedTuple):
 Initialiser = Callable[[torch.Tensor, QuantConfig], Start]
 
 
-def init_qparams(weight: torch.Tensor, quant: QuantConfig, init: Init = "l4q") -> Start:
+def init_qparams(
+    weight: torch.Tensor, quant: QuantConfig, init: Init = "l4q", moments: torch.Tensor | None = None
+) -> Start:
     """Initial s and b of a weight; s lies on the scale grid.
 
     Args:
         weight: [out, in], any float dtype.
         quant: The grid.
-        init: A key of `INITIALISATIONS`.
+        init: A key of `INITIALISATIONS`, or "calibrated".
+        moments: E[x_j^2] of the layer's inputs, [in], for "calibrated"; None weighs all columns alike.
 
     Returns:
         scales, offsets: float32 (float64 for float64 weights), each [out, in / group_size].
@@ -53,6 +58,10 @@ def init_qparams(weight: torch.Tensor, quant: QuantConfig, init: Init = "l4q") -
         UsageError: The name is unknown, or the grid has no offsets where the initialisation needs them.
     """
     check_init(init, quant)
+    if init == "calibrated":
+        from l4q.calibrate import search_grid
+
+        return search_grid(weight, quant, moments)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     group_size = quant.resolve_group_size(weight.shape[1])
     grouped = weight.detach().to(dtype).view(weight.shape[0], -1, group_size)  # [out, groups, group_size]

@@ -111,6 +111,7 @@ class L4QLinear(nn.Module):
         init: How s and b start, see `l4q.init`.
         learning: What of the grid trains.
         qparams: s and b of a pre-quantized start, used instead of `init`; also a LoRA warm-up leaves them.
+        moments: E[x_j^2] of the inputs, [in], for init "calibrated".
     """
 
     quantizing: bool
@@ -126,8 +127,10 @@ class L4QLinear(nn.Module):
         init: Init = "l4q",
         learning: GridLearning | None = None,
         qparams: Start | None = None,
+        moments: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.moments = moments
         self.quant, self.lora, self.init, self.learning = quant, lora, init, learning or GridLearning()
         self.quantizing = True
         self.out_features, self.in_features = weight.shape
@@ -139,7 +142,7 @@ class L4QLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora.rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # peft's and torch.nn.Linear's choice of a
         self.keeps_grid = qparams is not None
-        start = qparams or init_qparams(dense_base(weight), quant, init)
+        start = qparams or init_qparams(dense_base(weight), quant, init, moments)
         self.scales = nn.Parameter(start.scales, requires_grad=self.learning.train_scales)
         trained = self.learning.train_offsets and quant.zero_point != "none"
         self.offsets = nn.Parameter(start.offsets, requires_grad=trained)
@@ -155,13 +158,15 @@ class L4QLinear(nn.Module):
         learning: GridLearning | None = None,
         base: nn.Parameter | PackedBase | None = None,
         qparams: Start | None = None,
+        moments: torch.Tensor | None = None,
     ) -> L4QLinear:
         """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid.
 
         `base` replaces the weight, for example by a packed copy of it.
         """
         weight, bias = cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
-        return cls(weight if base is None else base, bias, quant, lora, init=init, learning=learning, qparams=qparams)
+        chosen = weight if base is None else base
+        return cls(chosen, bias, quant, lora, init=init, learning=learning, qparams=qparams, moments=moments)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out] through the quantized merged weight (in a warm-up: the merged weight).
@@ -203,7 +208,7 @@ class L4QLinear(nn.Module):
         """Initialise s and b from the merged weight W0 + scaling * B A and quantize from the next forward on."""
         for rows in () if self.keeps_grid else row_blocks(self.weight):
             merged = merge_lora(self.weight, self.update(), rows, self.scales.dtype)
-            self.scales[rows], self.offsets[rows] = init_qparams(merged, self.quant, self.init)
+            self.scales[rows], self.offsets[rows] = init_qparams(merged, self.quant, self.init, self.moments)
         self.quantizing = True
 
     @torch.no_grad()

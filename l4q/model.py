@@ -61,6 +61,7 @@ def wrap_linears(
     skip_indivisible: bool = False,
     start: PretrainedStart | None = None,
     storage: BaseStorage = "dense",
+    moments: Mapping[str, torch.Tensor] | None = None,
 ) -> WrapReport:
     """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
 
@@ -73,6 +74,7 @@ def wrap_linears(
         skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
         start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
         storage: How the frozen weights are kept, see `l4q.base`.
+        moments: Of each layer's inputs, from `l4q.calibrate.input_moments`, for init "calibrated".
 
     Raises:
         UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
@@ -102,7 +104,14 @@ def wrap_linears(
         linear = candidates.pop(name)
         own = adopt(name, cast(nn.Parameter, linear.weight), quant, start, storage)
         layer = L4QLinear.from_linear(
-            linear, quant, lora, init=init, learning=learning, base=own.base, qparams=own.qparams
+            linear,
+            quant,
+            lora,
+            init=init,
+            learning=learning,
+            base=own.base,
+            qparams=own.qparams,
+            moments=(moments or {}).get(name),
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)

@@ -108,11 +108,13 @@ def refreeze(options: FreezeOptions) -> dict[str, Any]:
     step, folder = find_state(options.run, options.step)
     model, tokenizer = load_model(recorded)
     evaluator = Evaluator(windows=evaluation_windows(options.evaluation, model, tokenizer))
-    wrap_model(model, recorded)
+    warming = in_warmup(step, recorded.lora_warmup_steps)
+    # Past the warm-up the saved s and b replace the initial ones, which then need not be searched.
+    wrap_model(model, recorded if warming else replace(recorded, init="l4q"))
     trained = trained_grid(model)
     target = target_grid(trained, options)
     load_trainable_state(model, saved_tensors(folder / TRAINABLE))
-    if in_warmup(step, recorded.lora_warmup_steps):
+    if warming:
         log.info("step %d lies in the LoRA warm-up: scales and offsets start from its merged weights", step)
         start_quantization(model)
     model.to(torch.accelerator.current_accelerator() or "cpu")

@@ -13,8 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
+from l4q.calibrate import Moments, input_moments
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
 from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard
 from l4q.errors import UnsupportedError, UsageError
@@ -86,7 +88,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     set_seed(options.seed)
     if not options.fsdp and options.base_storage == "dense":
         model.to(device)
-    report = wrap_model(model, options)
+    report = wrap_model(model, options, data)
     if not options.fsdp:
         model.to(device)  # packed weights are packed on the CPU: the device never sees them dense
     log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
@@ -159,8 +161,13 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
+def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = None) -> WrapReport:
     """Wrap the linears of a loaded model as these options say.
+
+    Args:
+        model: As `load_model` returns it.
+        options: Of the run.
+        data: What it trains on, for init "calibrated"; without it that init weighs all columns alike.
 
     Raises:
         UsageError: The options do not fit the model, see `wrap_linears`.
@@ -180,10 +187,21 @@ def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
         skip_indivisible=options.leave_dense,
         start=start,
         storage=options.base_storage,
+        moments=_moments(model, options, data),
     )
     for line in report.describe_start():
         log.info("%s", line)
     return report
+
+
+def _moments(model: Any, options: TrainOptions, data: TrainingData | None) -> Moments:
+    if options.init != "calibrated" or data is None:
+        return {}
+    step = max(1, len(data.examples) // options.calibration)  # from the whole of the data, not its first document
+    chosen = [example.input_ids for example in data.examples[::step][: options.calibration]]
+    log.info("calibrating the grid on %d sequences", len(chosen))
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return input_moments(model, names, chosen)
 
 
 def context_length(model: Any) -> int | None:

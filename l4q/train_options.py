@@ -83,6 +83,8 @@ class TrainOptions:
     evaluation: EvalOptions = field(default_factory=EvalOptions)
     init: Init = "l4q"
     """How scales and offsets start, see `l4q.init`."""
+    calibration: int = 16
+    """Training sequences that init "calibrated" looks at."""
     learning: GridLearning = field(default_factory=GridLearning)
     lora_warmup_steps: int = 0
     """First optimizer steps that train plain LoRA; then s and b start from the merged weights."""
@@ -126,10 +128,16 @@ class TrainOptions:
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
         storages = get_args(BaseStorage)
         require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
-        for name in ("batch_size", "grad_accum", "save_every", "keep_states"):
+        for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
         check_init(self.init, self.quant)
+        require(
+            not (self.fsdp and self.init == "calibrated"),
+            "init",
+            "calibrated with fsdp",
+            "another initialisation, as calibrating needs the whole model in every process",
+        )
         warmup, longest = self.lora_warmup_steps, float("inf") if self.steps is None else self.steps
         require(0 <= warmup < longest, "lora_warmup_steps", warmup, "at least 0 and fewer than the run's steps")
 

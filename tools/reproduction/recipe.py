@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from l4q.config import Init
 from l4q.errors import UsageError
 
 
@@ -45,6 +46,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
+    init: Init = "l4q"
+    """How s and b of the L4Q rows start; "calibrated" looks at the sequences that GPTQ sees."""
     amp: bool = False
     """Train every method under torch.autocast: weights and grids in float32, products in bfloat16."""
     benchmark_items: int = 0
@@ -92,6 +95,7 @@ MODELS: dict[str, Recipe] = {
         eval_windows=12,
         calibration=16,
         lr=1e-3,
+        init="calibrated",
         amp=True,
     ),
 }

@@ -84,7 +84,9 @@ def markdown(results: Results, recipe: Recipe, bits: Sequence[int], seeds: Seque
     settings = (
         f"{recipe.model}: {recipe.steps} steps of {recipe.batch} x {recipe.length} tokens, group {recipe.group_size}, "
         f"rank {recipe.rank}, alpha {recipe.alpha:g}, learning rate {recipe.lr:g}, seeds {', '.join(map(str, seeds))}, "
-        f"{recipe.device}{', bfloat16 products' if recipe.amp else ''}. Perplexity as deployed on {recipe.eval_windows} windows of {recipe.eval_window} tokens; "
+        f"{recipe.device}{', bfloat16 products' if recipe.amp else ''}, "
+        f"L4Q from the {recipe.init} initialisation. "
+        f"Perplexity as deployed on {recipe.eval_windows} windows of {recipe.eval_window} tokens; "
         "mean ± standard deviation over seeds."
     )
     parts = [settings]
