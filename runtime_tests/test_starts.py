@@ -26,7 +26,7 @@ from l4q.init import Start
 from l4q.model import WrapReport, l4q_layers, wrap_linears
 from l4q.quant import grid_params
 from l4q.starts import open_start
-from l4q.starts.gguf import LINEAR_TYPES, integer_points
+from l4q.starts.gguf_blocks import LINEAR_TYPES, integer_points
 from l4q.starts.grid import LinearGrid
 from l4q.starts.match import fit_scale_grid, match_grid
 from l4q.starts.stream import unpack_words
@@ -277,7 +277,25 @@ def test_groups_may_be_split_and_joined() -> None:
 
 def act_order(tensors: dict[str, torch.Tensor]) -> None:
     """A g_idx that is not k // group_size."""
-    tensors["model.layers.0.mlp.up_proj.g_idx"][:2] = torch.tensor([1, 0])
+    tensors[f"{UP}.g_idx"][:2] = torch.tensor([1, 0])
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+def test_activation_order_starts_as_dense_weights(tmp_path: Path) -> None:
+    """Such a layer keeps its own values as W0, is initialised anew and noted; the others are taken over."""
+    checkpoint = files.gptq_folder(tmp_path, fp16_grid(zero_point="integer", group_size=32))
+    files.edit_tensors(tmp_path / "model", act_order)
+    weight, order = checkpoint.quantized(UP), np.arange(128) // 32
+    order[:2] = 1, 0
+    expected = (weight.codes - weight.integer_zeros().astype(np.float32)[:, order]) * weight.scales[:, order]
+    start = opened(tmp_path / "model")
+    model, _ = start.load(torch.float32)
+    loaded = model.get_submodule(UP).weight.detach().numpy()
+    assert np.array_equal(loaded, expected)
+    assert not np.array_equal(loaded, weight.dequantize())
+    report = wrap_linears(model, fp16_grid(zero_point="integer", group_size=32), LoraConfig(rank=2), start=start)
+    assert set(checkpoint.modules) - set(report.reproduced) == {UP}
+    assert f"1 layers start anew, for example {UP}: activation order" in "\n".join(report.describe_start())
 
 
 def remove(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -287,7 +305,7 @@ def remove(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 
 UP = "model.layers.0.mlp.up_proj"
 DAMAGES: list[tuple[Callable[[Path], object], type[L4QError], str]] = [
-    (lambda f: files.edit_tensors(f, act_order), UnsupportedError, "activation-ordered"),
+    (lambda f: files.edit_tensors(f, lambda t: t[f"{UP}.g_idx"].add_(1)), UsageError, "g_idx does not give"),
     (lambda f: files.edit_section(f, sym=True), UsageError, r"sym: true"),
     (lambda f: files.edit_section(f, bits=5), UnsupportedError, "unsupported bits"),
     (lambda f: files.edit_section(f, checkpoint_format="marlin"), UnsupportedError, "checkpoint_format"),
@@ -318,7 +336,7 @@ DAMAGES: list[tuple[Callable[[Path], object], type[L4QError], str]] = [
 def test_what_cannot_be_read_is_refused(
     tmp_path: Path, damage: Callable[[Path], object], error: type[L4QError], message: str
 ) -> None:
-    """Activation order, lies in the config, unknown variants and damaged files stop with a message that names them."""
+    """Damaged orders, lies in the config, unknown variants and damaged files stop with a message that names them."""
     files.gptq_folder(tmp_path, fp16_grid(zero_point="integer", group_size=32))
     opened(tmp_path / "model").load(torch.float32)
     damage(tmp_path / "model")
