@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from l4q.cli_common import run
+from l4q.config import ZeroPoint
 
 if TYPE_CHECKING:
     from l4q.importing.plan import ImportPlan
@@ -24,6 +25,11 @@ FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to create.")
 @click.option("--config", type=FOLDER, help="Folder with config.json and tokenizer, in place of a GGUF file's own.")
+@click.option(
+    "--zero-point",
+    type=click.Choice(get_args(ZeroPoint)),
+    help="Kind of zero-point of the checkpoint.  [default: the narrowest of those that hold most modules]",
+)
 @click.option("--allow-dense", is_flag=True, help="Keep modules that do not fit as dense float32, instead of stopping.")
 @click.option("--dry-run", is_flag=True, help="Print what would become of each module and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing --out.")

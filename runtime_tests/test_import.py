@@ -161,9 +161,9 @@ def test_gguf_files_of_other_writers(tmp_path: Path, kind: str, zero_point: str)
         assert tensors_of(again) == tensors_of(source)
 
 
-def gptq_source(folder: Path, **grid: Any) -> tuple[L4QCheckpoint, Path]:
+def gptq_source(folder: Path, bits: int = 4, **changes: Any) -> tuple[L4QCheckpoint, Path]:
     """A random llama and its GPTQ folder, bits from one to the other through our packer at any number of bits."""
-    origin = make_source(folder, {"zero_point": "integer", "group_size": 32, **grid})
+    origin = make_source(folder, {"zero_point": "integer", "group_size": 32, "bits": bits}, **changes)
     section = {"quant_method": "gptq", "bits": origin.quant.bits, "group_size": 32, "desc_act": False, "sym": False}
     source = files.packed_folder(folder / "gptq", origin, section, files.gptq_parts)
     files.copy_tokenizer(origin.path, source)
@@ -221,7 +221,7 @@ def test_what_the_grid_cannot_hold_is_refused_or_dense(
     tmp_path: Path, change: Callable[[Path], None], reason: str
 ) -> None:
     """The module and the reason are named before anything is written; with leave it stays dense with its own values."""
-    origin, source = gptq_source(tmp_path)
+    origin, source = gptq_source(tmp_path, scale_mask=0xFFFF)
     change(source)
     with pytest.raises(InexactError, match=f"(?s){UP}.*{reason}.*--allow-dense"):
         imported(source, tmp_path / "import")
@@ -297,6 +297,19 @@ def test_mixed_modules_share_a_grid_without_loss(tmp_path: Path, change: Callabl
     assert same_values(checkpoint, {**expected, UP: weight.dequantize()})
 
 
+def test_the_kind_of_zero_point_can_be_asked_for(tmp_path: Path) -> None:
+    """Zero-point 0 makes a whole checkpoint float where its scales allow; --zero-point integer names the module."""
+    origin, source = gptq_source(tmp_path)
+    no_zero_point(source)
+    assert imported(source, tmp_path / "free").quant.zero_point == "float"
+    with pytest.raises(InexactError, match=f"(?s)1 of 14.*{UP}.*zero-point 0"):
+        imported(source, tmp_path / "whole", zero_point="integer")
+    whole = imported(source, tmp_path / "whole", zero_point="integer", allow_dense=True)
+    assert set(origin.modules) - set(whole.modules) == {UP}
+    with pytest.raises(UnsupportedError, match="14 modules: it has zero-points off the midpoint"):
+        imported(source, tmp_path / "none", zero_point="none", allow_dense=True)
+
+
 def test_three_bits_stay_three_bits(tmp_path: Path) -> None:
     """A source whose modules all have 3 bits becomes a 3-bit checkpoint."""
     origin, source = gptq_source(tmp_path, bits=3)
@@ -359,7 +372,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert result["grid"] == L4QCheckpoint.open(out).quant.to_dict()
     assert run_cli(monkeypatch, source, "--out", out, "--allow-dense") == UsageError.exit_code
     assert "--overwrite" in capsys.readouterr().err
-    assert run_cli(monkeypatch, source, "--out", out, "--allow-dense", "--overwrite") == 0
+    words = (source, "--out", out, "--allow-dense", "--overwrite", "--zero-point", "integer", "--config", source)
+    assert run_cli(monkeypatch, *words) == 0
     assert f"checkpoint {out}" in capsys.readouterr().out
 
 
@@ -379,7 +393,7 @@ def test_sources_that_are_none(tmp_path: Path, glassllm_dir: Path) -> None:
 def test_a_published_gguf_file_survives_the_round_trip(smollm2_dir: Path, tmp_path: Path) -> None:
     """SmolLM2's Q4_1 file, imported and exported: every tensor's bytes, and llama.cpp's answers, are the same."""
     source = smollm2_dir / "source.gguf"
-    checkpoint = imported(source, tmp_path / "import")
+    checkpoint = imported(source, tmp_path / "import", config=smollm2_dir)
     assert len(checkpoint.modules) == 210
     again = exported(checkpoint, "gguf", tmp_path / "gguf", gguf_embeddings="q8_0")
     assert tensors_of(again) == tensors_of(source)

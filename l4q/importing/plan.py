@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from l4q.config import GROUP_MULTIPLE, PER_ROW, QuantConfig
+from l4q.config import GROUP_MULTIPLE, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import InexactError, UnsupportedError
 from l4q.importing.fit import KINDS, Survey, survey
 from l4q.importing.source import Source
@@ -95,8 +95,13 @@ class ImportPlan:
         }
 
 
-def make_plan(source: Source) -> ImportPlan:
-    """Read every module of a source once, one in memory at a time, and decide."""
+def make_plan(source: Source, zero_point: ZeroPoint | None = None) -> ImportPlan:
+    """Read every module of a source once, one in memory at a time, and decide.
+
+    Args:
+        source: The opened source.
+        zero_point: The checkpoint's kind of zero-point; None: the narrowest of those that hold most modules.
+    """
     surveys: dict[str, Survey] = {}
     refused: dict[str, str] = {}
     for module in source.modules:
@@ -105,7 +110,7 @@ def make_plan(source: Source) -> ImportPlan:
             refused[module] = source.obstacle(module)
         else:
             surveys[module] = survey(grid, join=source.joins)
-    quant, reasons = common_grid(surveys)
+    quant, reasons = common_grid(surveys, zero_point)
     refused |= reasons
     return ImportPlan(
         source=str(source.path),
@@ -123,14 +128,15 @@ def make_plan(source: Source) -> ImportPlan:
     )
 
 
-def common_grid(surveys: dict[str, Survey]) -> tuple[QuantConfig | None, dict[str, str]]:
+def common_grid(
+    surveys: dict[str, Survey], zero_point: ZeroPoint | None = None
+) -> tuple[QuantConfig | None, dict[str, str]]:
     """The grid that holds most modules, and why the others do not fit: {module: reason}.
 
-    The kind of zero-point is the narrowest of those that hold most; bits are the widest and groups the greatest common
-    divisor of what it holds, so that mixed bits and group sizes lose nothing.
+    Bits are the widest and groups the greatest common divisor of what fits, so that mixed ones lose nothing.
     """
-    counts = {kind: sum(kind not in s.refusals for s in surveys.values()) for kind in KINDS}
-    kind = max(KINDS, key=lambda one: counts[one])
+    counts = [sum(kind not in s.refusals for s in surveys.values()) for kind in KINDS]
+    kind = zero_point or KINDS[counts.index(max(counts))]
     refused = {name: s.refusals[kind] for name, s in surveys.items() if kind in s.refusals}
     fitting = {name: s for name, s in surveys.items() if name not in refused}
     size = _common_size(fitting.values())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from l4q.checkpoint import save_checkpoint
-from l4q.config import QuantConfig
+from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import VerificationError
 from l4q.files import refuse_existing
 from l4q.importing.fit import fit
@@ -30,6 +30,8 @@ class ImportOptions:
     """Checkpoint folder to create."""
     config: Path | None = None
     """Hugging Face folder whose config and tokenizer are taken in place of those in a GGUF file."""
+    zero_point: ZeroPoint | None = None
+    """Kind of zero-point of the checkpoint; None: the narrowest of those that hold most modules."""
     allow_dense: bool = False
     """Keep modules that do not fit as dense float32 weights, instead of stopping."""
     dry_run: bool = False
@@ -54,7 +56,7 @@ def import_model(options: ImportOptions, progress: Callable[[str], None] = lambd
     if not options.dry_run:
         refuse_existing(options.out, overwrite=options.overwrite)
     source = Source.open(options.source, options.config)
-    plan = make_plan(source)
+    plan = make_plan(source, options.zero_point)
     if options.dry_run:
         return plan
     plan.check(allow_dense=options.allow_dense)
