@@ -20,7 +20,7 @@ from l4q.config import (
     ScaleGrid,
     ZeroPoint,
 )
-from l4q.train_options import EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
+from l4q.train_options import Amp, EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 RESULT_LINES = {
@@ -77,6 +77,12 @@ RESULT_LINES = {
 @click.option("--max-length", type=int, help="Tokens per sequence.  [default: 1024, at most the model's context]")
 @click.option("--seed", type=int, default=0, help="Seed of LoRA's A, data order and dropout.")
 @click.option("--dtype", type=click.Choice(get_args(TrainDtype)), default="float32", help="Dtype of the frozen model.")
+@click.option(
+    "--amp",
+    type=click.Choice(get_args(Amp)),
+    default="none",
+    help="bfloat16 = autocast: float32 weights, bfloat16 products.",
+)
 @click.option(
     "--base-storage",
     type=click.Choice(get_args(BaseStorage)),

@@ -197,7 +197,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     epochs = 1.0 if options.epochs is None else options.epochs
     return TrainingArguments(
         output_dir=str(options.out),
-        use_cpu=on_cpu_processes(),
+        use_cpu=on_cpu_processes() or not torch.accelerator.is_available(),  # else the Trainer refuses bf16 there
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
         max_steps=options.steps or -1,
@@ -206,6 +206,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=options.optim.warmup_ratio,
         max_grad_norm=options.optim.max_grad_norm,
+        bf16=options.amp == "bfloat16",
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         # s and b take no part in a LoRA warm-up.
