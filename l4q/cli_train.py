@@ -102,7 +102,7 @@ RESULT_LINES = {
 def command(as_json: bool, **values: Any) -> None:
     """Fine-tune MODEL with L4Q and freeze it to --out/checkpoint.
 
-    MODEL is a Hugging Face folder or id, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file.
+    MODEL is a Hugging Face folder or id, pre-quantized by GPTQ, AWQ or compressed-tensors or not, or a GGUF file.
     """
     options = parse_options(values)
     from l4q.distributed import is_main, leave

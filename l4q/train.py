@@ -154,7 +154,6 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
             where=options.model,
             got=str(error).splitlines()[0],
             expected="an architecture of AutoModelForCausalLM",
-            remedy="if it is a pre-quantized model of the hub, download it and give the folder",
         ) from error
     return model, tokenizer
 

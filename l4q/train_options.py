@@ -73,7 +73,7 @@ class TrainOptions:
     """
 
     model: str
-    """Hugging Face model id or folder, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file."""
+    """Hugging Face model id or folder, pre-quantized by GPTQ, AWQ or compressed-tensors or not, or a GGUF file."""
     data: tuple[Path, ...]
     """Training files, see `l4q.data_records`."""
     out: Path

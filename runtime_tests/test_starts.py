@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -449,3 +450,33 @@ def test_a_run_from_a_start(glassllm_dir: Path, tmp_path: Path, caplog: pytest.L
     if source == "gguf":
         settings = json.loads((checkpoint.path / "tokenizer_config.json").read_text())
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def hub_cache(folder: Path, name: str, cache: Path) -> None:
+    """Put a model folder where the hub's client keeps what it has downloaded."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / revision)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(revision)
+
+
+def test_a_pre_quantized_hub_id_is_read_from_the_cache(
+    glassllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id of the hub is the folder in its cache, under its own name; plain and unknown models are left alone."""
+    checkpoint = files.gptq_folder(tmp_path, fp16_grid(zero_point="integer"))
+    cache = tmp_path / "cache"
+    hub_cache(tmp_path / "model", "org/tiny-gptq", cache)
+    hub_cache(glassllm_dir, "org/plain", cache)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    start = open_start("org/tiny-gptq")
+    assert start is not None
+    assert (start.path.is_relative_to(cache), start.name) == (True, "org/tiny-gptq")
+    assert wrong_modules(start, checkpoint) == []
+    files.edit_section(start.path, quant_method="bitsandbytes")
+    with pytest.raises(UnsupportedError, match="no reader"):
+        open_start("org/tiny-gptq")
+    assert open_start("org/plain") is None
+    assert open_start("org/absent") is None

@@ -38,6 +38,9 @@ class Decoder(Protocol):
 class FolderStart:
     """A pre-quantized folder; see `PretrainedStart`."""
 
+    name: str
+    """What the model is called, whatever folder it lies in."""
+
     def __init__(self, path: Path, section: dict[str, Any], decoder: Decoder, shards: ShardReader) -> None:
         self.path, self.format, self.name = path, decoder.FORMAT, path.resolve().name
         self._section, self._decoder, self._shards = section, decoder, shards
@@ -46,8 +49,8 @@ class FolderStart:
         self._modules = tuple(sorted(stems, key=natural_order))
 
     @classmethod
-    def open(cls, path: Path, section: dict[str, Any], decoder: Any) -> FolderStart:
-        """Check the quantization config and every safetensors header.
+    def open(cls, path: Path, section: dict[str, Any], decoder: Any, *, name: str = "") -> FolderStart:
+        """Check the quantization config and every safetensors header; `name` is the folder's if it is empty.
 
         Raises:
             UsageError: A file is missing or damaged, or no module is quantized.
@@ -55,6 +58,7 @@ class FolderStart:
         """
         decoder.check(section, f"{path}/config.json")
         start = cls(path, section, decoder, ShardReader.open(path))
+        start.name = name or start.name
         if not start._modules:
             raise UsageError(
                 "the folder's config says it is quantized, but no tensor is",
