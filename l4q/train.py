@@ -16,7 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
-from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard
+from l4q.distributed import (
+    amp_requested,
+    decide,
+    fsdp_requested,
+    is_sharded,
+    on_cpu_processes,
+    quiet_others,
+    reshard,
+)
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
@@ -66,6 +74,9 @@ def train(options: TrainOptions) -> dict[str, Any]:
         UnsupportedError: A model or chat template that cannot be trained.
         DivergedError: The loss or a gradient became NaN or infinite.
     """
+    amp = amp_requested()
+    if amp != "none" and options.dtype == "float32":  # bfloat16 weights need no autocast
+        options = replace(options, amp=amp)
     options = replace(options, fsdp=fsdp_requested() or options.fsdp)
     args = training_arguments(options)
     device = args.device  # joins the other processes, if there are any

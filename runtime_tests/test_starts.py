@@ -473,7 +473,7 @@ def test_a_pre_quantized_hub_id_is_read_from_the_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     start = open_start("org/tiny-gptq")
     assert start is not None
-    assert (start.path.is_relative_to(cache), start.name) == (True, "org/tiny-gptq")
+    assert start.path.is_relative_to(cache)
     assert wrong_modules(start, checkpoint) == []
     files.edit_section(start.path, quant_method="bitsandbytes")
     with pytest.raises(UnsupportedError, match="no reader"):
