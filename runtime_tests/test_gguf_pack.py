@@ -162,7 +162,7 @@ def test_inexact_q4_1_is_declared() -> None:
 
 
 def test_q4_0_takes_integer_zeros_only_where_they_fit() -> None:
-    """Zero-points 8 are Q4_0's own, 7 those of a negative scale, as llama.cpp writes it; others do not fit four bits."""
+    """Zero-points 8 are Q4_0's own, 7 those of a negative scale, as llama.cpp writes it; others do not fit."""
     weight = random_weight((3, 128), zero_point="integer")
     centred = QuantizedWeight(
         codes=weight.codes, scales=weight.scales, zeros=np.full_like(weight.scales, 8, np.uint8), bits=4, group_size=32
