@@ -347,6 +347,19 @@ def test_rope_scaling_needs_the_config(tmp_path: Path) -> None:
     assert (checkpoint.path / "tokenizer.json").read_bytes() == (origin.path / "tokenizer.json").read_bytes()
 
 
+def test_named_rope_scaling_needs_the_config(tmp_path: Path) -> None:
+    """A scaling that stands in the metadata only is refused as well; a --config of other sizes does not fit."""
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    origin = make_source(tmp_path, {"group_size": 32}, rope_parameters=linear)
+    source = exported(origin, "gguf", tmp_path / "gguf")
+    with pytest.raises(UnsupportedError, match=r"(?s)RoPE scaling.*linear.*--config FOLDER"):
+        imported(source, tmp_path / "import")
+    assert differing(imported(source, tmp_path / "import", config=origin.path), origin) == []
+    other = make_source(tmp_path / "other", {"group_size": 32}, intermediate_size=192)
+    with pytest.raises(UsageError, match=r"(?s)another shape.*\[160, 96\].*\[192, 96\]"):
+        imported(source, tmp_path / "import", config=other.path, overwrite=True)
+
+
 def run_cli(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """Exit code of `l4q-import`."""
     monkeypatch.setattr(sys, "argv", ["l4q-import", *map(str, words)])
@@ -400,7 +413,9 @@ def test_a_published_gguf_file_survives_the_round_trip(smollm2_dir: Path, tmp_pa
         before = engine.prompt_logprobs(IDS)
         engine.reload(again)
         after = engine.prompt_logprobs(IDS)
-        flip(again)
+        data = bytearray(again.read_bytes())
+        data[-1000] ^= 0x10  # in the last tensor
+        again.write_bytes(data)
         engine.reload(again)
         twin = engine.prompt_logprobs(IDS)
     assert np.array_equal(before, after)
