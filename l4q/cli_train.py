@@ -20,7 +20,7 @@ from l4q.config import (
     ScaleGrid,
     ZeroPoint,
 )
-from l4q.train_options import EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
+from l4q.train_options import Amp, EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 RESULT_LINES = {
@@ -79,6 +79,12 @@ RESULT_LINES = {
 @click.option("--seed", type=int, default=0, help="Seed of LoRA's A, data order and dropout.")
 @click.option("--dtype", type=click.Choice(get_args(TrainDtype)), default="float32", help="Dtype of the frozen model.")
 @click.option(
+    "--amp",
+    type=click.Choice(get_args(Amp)),
+    default="none",
+    help="bfloat16 = autocast: float32 weights, bfloat16 products.",
+)
+@click.option(
     "--base-storage",
     type=click.Choice(get_args(BaseStorage)),
     default="dense",
@@ -97,7 +103,7 @@ RESULT_LINES = {
 def command(as_json: bool, **values: Any) -> None:
     """Fine-tune MODEL with L4Q and freeze it to --out/checkpoint.
 
-    MODEL is a Hugging Face folder or id, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file.
+    MODEL is a Hugging Face folder or id, pre-quantized by GPTQ, AWQ or compressed-tensors or not, or a GGUF file.
     """
     options = parse_options(values)
     from l4q.distributed import is_main, leave

@@ -23,10 +23,14 @@ from torch import nn
 
 from l4q.errors import L4QError, PeerError, UsageError
 from l4q.files import staged_folder
+from l4q.train_options import Amp
 
 T = TypeVar("T")
 
 FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
+AMP_VARIABLE = "ACCELERATE_MIXED_PRECISION"
+# accelerate's word -> `l4q.train_options.Amp`
+AMP_WORDS: dict[str, Amp] = {"no": "none", "bf16": "bfloat16"}
 
 
 class Rows(NamedTuple):
@@ -58,6 +62,24 @@ def is_main() -> bool:
 def fsdp_requested() -> bool:
     """Whether accelerate's launcher was configured for FSDP; takes the request over, so that accelerate stays out."""
     return os.environ.pop(FSDP_VARIABLE, "false").lower() == "true"
+
+
+def amp_requested() -> Amp:
+    """What accelerate's launcher was told of mixed precision; takes the request over, so that the run records it.
+
+    Raises:
+        UsageError: It asks for fp16 or fp8.
+    """
+    asked = os.environ.pop(AMP_VARIABLE, "no").lower()
+    if asked not in AMP_WORDS:
+        raise UsageError(
+            "accelerate's configuration asks for another mixed precision",
+            where=AMP_VARIABLE,
+            got=asked,
+            expected=f"one of {sorted(AMP_WORDS)}",
+            remedy="accelerate launch --mixed_precision bf16 (or no)",
+        )
+    return AMP_WORDS[asked]
 
 
 def on_cpu_processes() -> bool:

@@ -146,7 +146,8 @@ def merge_lora(weight: BaseWeight, update: LoraUpdate, rows: slice, dtype: torch
         dtype: float32 in training and freezing, whatever the dtype of W0.
     """
     base = base_rows(weight, rows, dtype)
-    return torch.addmm(base, update.b[rows].to(dtype), update.a.to(dtype), alpha=update.scaling)
+    with torch.autocast(base.device.type, enabled=False):  # it would add in 16 bits, wherever the caller stands
+        return torch.addmm(base, update.b[rows].to(dtype), update.a.to(dtype), alpha=update.scaling)
 
 
 def position_(weight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 
 from l4q.calibrate import Moments, input_moments
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
-from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard
+from l4q.distributed import (
+    amp_requested,
+    decide,
+    fsdp_requested,
+    is_sharded,
+    on_cpu_processes,
+    quiet_others,
+    reshard,
+)
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
@@ -68,6 +76,9 @@ def train(options: TrainOptions) -> dict[str, Any]:
         UnsupportedError: A model or chat template that cannot be trained.
         DivergedError: The loss or a gradient became NaN or infinite.
     """
+    amp = amp_requested()
+    if amp != "none" and options.dtype == "float32":  # bfloat16 weights need no autocast
+        options = replace(options, amp=amp)
     options = replace(options, fsdp=fsdp_requested() or options.fsdp)
     args = training_arguments(options)
     device = args.device  # joins the other processes, if there are any
@@ -156,7 +167,6 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
             where=options.model,
             got=str(error).splitlines()[0],
             expected="an architecture of AutoModelForCausalLM",
-            remedy="if it is a pre-quantized model of the hub, download it and give the folder",
         ) from error
     return model, tokenizer
 
@@ -215,7 +225,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     epochs = 1.0 if options.epochs is None else options.epochs
     return TrainingArguments(
         output_dir=str(options.out),
-        use_cpu=on_cpu_processes(),
+        use_cpu=on_cpu_processes() or not torch.accelerator.is_available(),  # else the Trainer refuses bf16 there
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
         max_steps=options.steps or -1,
@@ -224,6 +234,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=options.optim.warmup_ratio,
         max_grad_norm=options.optim.max_grad_norm,
+        bf16=options.amp == "bfloat16",
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         # s and b take no part in a LoRA warm-up.

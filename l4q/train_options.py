@@ -11,6 +11,7 @@ from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig,
 from l4q.errors import UsageError
 
 TrainDtype = Literal["float32", "bfloat16"]
+Amp = Literal["none", "bfloat16"]
 OptimState = Literal["float32", "bfloat16", "8bit"]
 
 # A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
@@ -72,7 +73,7 @@ class TrainOptions:
     """
 
     model: str
-    """Hugging Face model id or folder, a GPTQ, AWQ or compressed-tensors folder, or a GGUF file."""
+    """Hugging Face model id or folder, pre-quantized by GPTQ, AWQ or compressed-tensors or not, or a GGUF file."""
     data: tuple[Path, ...]
     """Training files, see `l4q.data_records`."""
     out: Path
@@ -104,6 +105,8 @@ class TrainOptions:
     """Fixes LoRA's initial A, the order of the data and dropout."""
     dtype: TrainDtype = "float32"
     """Dtype of the frozen weights and the activations; A, B, s and b are always float32."""
+    amp: Amp = "none"
+    """"bfloat16": autocast, float32 weights and bfloat16 products; W0, A, B, s, b and the merge stay in float32."""
     base_storage: BaseStorage = "dense"
     """How the frozen W0 is kept: dense, in 8- or 4-bit blocks, or as a pre-quantized start's integers (`l4q.base`)."""
     gradient_checkpointing: bool = False
@@ -126,6 +129,9 @@ class TrainOptions:
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
+        require(self.amp in get_args(Amp), "amp", self.amp, f"one of {get_args(Amp)}")
+        fits = self.amp == "none" or self.dtype == "float32"  # bfloat16 weights need no autocast
+        require(fits, "amp", f"{self.amp} with dtype {self.dtype}", "amp none, or dtype float32")
         storages = get_args(BaseStorage)
         require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):

@@ -108,8 +108,11 @@ class L4QTrainer(Trainer):
         self.add_callback(LoraWarmup(lora_warmup_steps))
 
     def close(self) -> None:
-        """End the progress bar of a run that stopped early."""
+        """End the progress bar of a run that stopped early, and the autocast that accelerate left in the forward."""
         self._report.close()
+        own = self.model.__dict__
+        if own.pop("_original_forward", None) is not None:
+            own.pop("forward", None)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW over `parameter_groups`, its moments kept as the options say."""

@@ -29,9 +29,8 @@ from runtime_tests.train_runs import metrics, rewind, same_checkpoints, write_pa
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
 ACCELERATE = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"),
-    *("--num_processes", str(PROCESSES), "--num_machines", "1", "--main_process_port", "0"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(PROCESSES), "--num_machines", "1"),
+    *("--main_process_port", "0", "--dynamo_backend", "no"),
 )
 
 
@@ -199,8 +198,31 @@ def test_accelerate_launch_prints_one_result(single: TrainOptions, tmp_path: Pat
     run = tmp_path / "run"
     arguments = ["--data", str(single.data[0]), "--out", str(run), "--leave-dense", "--json"]
     arguments += ["--steps", "1", "--max-length", "32"]
-    done = launch(*ACCELERATE, "-m", "l4q.cli_train", single.model, *arguments)
+    chosen = ("--use_fsdp", "--fsdp_version", "2", "--mixed_precision", "no")
+    done = launch(*ACCELERATE, *chosen, "-m", "l4q.cli_train", single.model, *arguments)
     assert json.loads(done.stdout)["steps"] == 1
     assert len(metrics(run)) == 1
     assert len(load_file(run / "state-1/trainable-00002-of-00002.safetensors")) > 0
     assert L4QCheckpoint.open(run / "checkpoint").modules
+
+
+def test_accelerate_launch_with_bf16_is_amp(single: TrainOptions, tmp_path: Path) -> None:
+    """Copies of the model (DDP) under the launcher's --mixed_precision bf16: recorded as --amp, float32 saved."""
+    run = tmp_path / "run"
+    arguments = ["--data", str(single.data[0]), "--out", str(run), "--leave-dense", "--json"]
+    arguments += ["--steps", "1", "--max-length", "32"]
+    chosen = ("--multi_gpu", "--mixed_precision", "bf16")
+    done = launch(*ACCELERATE, *chosen, "-m", "l4q.cli_train", single.model, *arguments)
+    assert json.loads(done.stdout)["steps"] == 1
+    recorded = json.loads((run / "config.json").read_text())
+    assert (recorded["processes"], recorded["options"]["amp"]) == (PROCESSES, "bfloat16")
+    assert {tensor.dtype for tensor in load_file(run / "state-1/trainable.safetensors").values()} == {torch.float32}
+
+
+def test_other_mixed_precision_is_refused(
+    single: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 in accelerate's configuration stops the run with what to ask for instead."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UsageError, match=r"(?s)fp16.*--mixed_precision bf16"):
+        train(replace(single, out=tmp_path / "run"))

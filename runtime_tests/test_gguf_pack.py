@@ -162,14 +162,20 @@ def test_inexact_q4_1_is_declared() -> None:
 
 
 def test_q4_0_takes_integer_zeros_only_where_they_fit() -> None:
-    """Zero-points that are all 8 are Q4_0's own; others do not fit four bits."""
+    """Zero-points 8 are Q4_0's own, 7 those of a negative scale, as llama.cpp writes it; others do not fit."""
     weight = random_weight((3, 128), zero_point="integer")
     centred = QuantizedWeight(
         codes=weight.codes, scales=weight.scales, zeros=np.full_like(weight.scales, 8, np.uint8), bits=4, group_size=32
     )
     assert choose(centred).name == "Q4_0"
     assert same_bits(decode(encode(centred, "Q4_0"), "Q4_0"), centred.dequantize())
-    with pytest.raises(UnsupportedError, match=r"(?s)Q4_0 cannot hold.*layer.*zero-point 8 everywhere"):
+    either = np.random.default_rng(0).integers(7, 9, weight.scales.shape, dtype=np.uint8)
+    mirrored = QuantizedWeight(codes=weight.codes, scales=weight.scales, zeros=either, bits=4, group_size=32)
+    assert choose(mirrored).name == "Q4_0"
+    decoded = decode(encode(mirrored, "Q4_0"), "Q4_0")
+    assert np.array_equal(decoded, mirrored.dequantize())  # zeros of a negative scale are negative zeros
+    assert not np.array_equal(decoded, centred.dequantize())
+    with pytest.raises(UnsupportedError, match=r"(?s)Q4_0 cannot hold.*layer.*zero-points 7 and 8 only"):
         choose(weight, "Q4_0")
 
 

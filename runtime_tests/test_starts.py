@@ -26,7 +26,7 @@ from l4q.init import Start
 from l4q.model import WrapReport, l4q_layers, wrap_linears
 from l4q.quant import grid_params
 from l4q.starts import open_start
-from l4q.starts.gguf import LINEAR_TYPES, integer_points
+from l4q.starts.gguf_blocks import LINEAR_TYPES, integer_points
 from l4q.starts.grid import LinearGrid
 from l4q.starts.match import fit_scale_grid, match_grid
 from l4q.starts.stream import unpack_words
@@ -275,11 +275,6 @@ def test_groups_may_be_split_and_joined() -> None:
     assert isinstance(match_grid(finer, fp16_grid(group_size=64)), Start)
 
 
-def act_order(tensors: dict[str, torch.Tensor]) -> None:
-    """A g_idx that is not k // group_size."""
-    tensors["model.layers.0.mlp.up_proj.g_idx"][:2] = torch.tensor([1, 0])
-
-
 def remove(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
     """Forget a tensor."""
     return lambda tensors: tensors.pop(name)
@@ -287,7 +282,7 @@ def remove(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 
 UP = "model.layers.0.mlp.up_proj"
 DAMAGES: list[tuple[Callable[[Path], object], type[L4QError], str]] = [
-    (lambda f: files.edit_tensors(f, act_order), UnsupportedError, "activation-ordered"),
+    (lambda f: files.edit_tensors(f, lambda t: t[f"{UP}.g_idx"].add_(1)), UsageError, "g_idx does not give"),
     (lambda f: files.edit_section(f, sym=True), UsageError, r"sym: true"),
     (lambda f: files.edit_section(f, bits=5), UnsupportedError, "unsupported bits"),
     (lambda f: files.edit_section(f, checkpoint_format="marlin"), UnsupportedError, "checkpoint_format"),
@@ -318,7 +313,7 @@ DAMAGES: list[tuple[Callable[[Path], object], type[L4QError], str]] = [
 def test_what_cannot_be_read_is_refused(
     tmp_path: Path, damage: Callable[[Path], object], error: type[L4QError], message: str
 ) -> None:
-    """Activation order, lies in the config, unknown variants and damaged files stop with a message that names them."""
+    """Damaged orders, lies in the config, unknown variants and damaged files stop with a message that names them."""
     files.gptq_folder(tmp_path, fp16_grid(zero_point="integer", group_size=32))
     opened(tmp_path / "model").load(torch.float32)
     damage(tmp_path / "model")

@@ -68,12 +68,12 @@ def encoded_nbytes(shape: tuple[int, int], encoding: str) -> int:
 
 
 def fits_q4_0(subject: Subject) -> bool:
-    """Whether every q - z + 8 is a four-bit code: always up to 3 bits, at 4 bits only for z = 8."""
+    """Whether four-bit codes hold q - z: always up to 3 bits, at 4 bits for z = 8 and, with a negative scale, z = 7."""
     if subject.info.zero_point == "float":
         return False
     if subject.info.bits <= 3 or subject.info.zero_point == "none":
         return True
-    return bool((subject.read().integer_zeros() == 8).all())
+    return bool(np.isin(subject.read().integer_zeros(), (7, 8)).all())
 
 
 def block_mins(weight: QuantizedWeight) -> tuple[npt.NDArray[np.float16], int]:
@@ -95,10 +95,12 @@ def _judge_q4_0(subject: Subject) -> Encoding:
             "Q4_0 cannot hold these zero-points",
             where=subject.name,
             got=f"{subject.info.bits}-bit codes with {subject.info.zero_point} zero-points",
-            expected="zero-point 8 everywhere, or at most 3 bits with integer zero-points",
+            expected="zero-points 7 and 8 only, or at most 3 bits with integer zero-points",
             remedy="use --gguf-type auto, which takes Q4_1 or Q5_0",
         )
-    return Encoding(name="Q4_0", fidelity=Fidelity.EXACT, reason="stored code is q - z + 8")
+    mirrored = subject.info.bits > 3 and subject.info.zero_point == "integer"
+    reason = "stored code is q - z + 8" + ("; for z = 7 it is 15 - q, and d = -scale" if mirrored else "")
+    return Encoding(name="Q4_0", fidelity=Fidelity.EXACT, reason=reason)
 
 
 def _judge_q4_1(subject: Subject) -> Encoding:
@@ -140,7 +142,12 @@ def _centred_codes(weight: QuantizedWeight, centre: int) -> U8:
 
 
 def _encode_q4_0(weight: QuantizedWeight) -> U8:
-    return pack_q4_0(_centred_codes(weight, 8), weight.scales)
+    codes, scales = _centred_codes(weight, 8), weight.scales
+    if weight.bits > 3 and weight.zeros is not None:  # (q - 7) * s = ((15 - q) - 8) * -s
+        mirrored = weight.zeros == 7
+        codes = np.where(np.repeat(mirrored, weight.group_size, axis=1), np.uint8(16) - codes, codes)
+        scales = np.where(mirrored, -scales, scales)
+    return pack_q4_0(codes, scales)
 
 
 def _encode_q4_1(weight: QuantizedWeight) -> U8:

@@ -35,6 +35,7 @@ def read_back(folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     for target in wanted:
         tensor = tensors[target]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        values = values + np.float32(0)  # a block with a negative scale has negative zeros
         heads = permuted_heads_of_file(architecture, reader, target)
         yield modules[target], values if heads is None else unpermute_rows(values, heads)
 

@@ -6,7 +6,9 @@
 | folder, quant_method "awq"                        | `l4q.starts.awq`                |
 | folder, quant_method "compressed-tensors"         | `l4q.starts.compressed_tensors` |
 | file ending in .gguf                              | `l4q.starts.gguf`               |
-| folder without quantization_config, or a hub id   | none: transformers loads it     |
+| folder without quantization_config                | none: transformers loads it     |
+
+A hub id is the folder that the hub's cache keeps of it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4q.errors import UnsupportedError, UsageError
+from l4q.starts.hub import hub_config, hub_folder
 
 if TYPE_CHECKING:
     from l4q.starts.start import PretrainedStart
@@ -42,21 +45,23 @@ def open_start(model: str) -> PretrainedStart | None:
         from l4q.starts.gguf import GgufStart
 
         return GgufStart.open(path)
-    section = quantization_section(path) if path.is_dir() else None
+    config = None if path.is_dir() else hub_config(model)
+    section = quantization_section(path if config is None else config.parent)
     if section is None:
         return None
     method = str(section.get("quant_method"))
     if method not in DECODERS:
         raise UnsupportedError(
             "no reader for this kind of pre-quantized model",
-            where=path / "config.json",
+            where=config or path / "config.json",
             got=f"quant_method {method}",
             expected=f"one of {sorted(DECODERS)}, a .gguf file, or a model in 16 or 32 bits",
             remedy="start from the 16-bit model it was made from",
         )
     from l4q.starts.folder import FolderStart
 
-    return FolderStart.open(path, section, importlib.import_module(DECODERS[method]))
+    folder = path if config is None else hub_folder(model)
+    return FolderStart.open(folder, section, importlib.import_module(DECODERS[method]), name=model if config else "")
 
 
 def quantization_section(folder: Path) -> dict[str, Any] | None:

@@ -61,7 +61,7 @@ def own_grid(name: str, weight: torch.Tensor, start: PretrainedStart | None) -> 
     """The start's integers of a layer if they are the weight that was loaded, else None and why."""
     grid = start.grid(name) if start is not None else None
     if grid is None:
-        return None, "the start keeps it on no linear grid" if start is not None else ""
+        return None, start.obstacle(name) if start is not None else ""
     if not torch.equal(grid.dequantize().to(weight.dtype), weight.detach().cpu()):
         return None, "the model was loaded with other values than the start's integers give"
     return grid, ""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from l4q.errors import UnsupportedError, UsageError
-from l4q.starts.folder import check_divides, check_order, need
+from l4q.starts.folder import check_divides, group_order, need
 from l4q.starts.grid import GRID_BITS, LinearGrid
 from l4q.starts.stream import unpack_words
 
@@ -54,7 +54,6 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
 
     Raises:
         UsageError: Tensors are missing, damaged or contradict the config.
-        UnsupportedError: Activation order.
     """
     weights = scheme(module, section, where)
     bits, symmetric = int(weights["num_bits"]), bool(weights.get("symmetric", True))
@@ -63,13 +62,13 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
     held = parts["weight_packed"].shape[1] * 32 // bits
     columns = int(parts["weight_shape"][1]) if "weight_shape" in parts else held
     check_divides(columns, groups, where)
-    check_order(parts.get("weight_g_idx"), columns, groups, where)
+    order = group_order(parts.get("weight_g_idx"), columns, groups, where)
     codes = unpack_words(parts["weight_packed"], columns, bits, f"{where}.weight_packed")  # [N, K]
     zeros: torch.Tensor | None = None
     if not symmetric:
         points = parts["weight_zero_point"].T.contiguous()  # [G, words]
         zeros = unpack_words(points, rows, bits, f"{where}.weight_zero_point").T.contiguous()
-    return LinearGrid.build(codes, parts["weight_scale"], zeros, bits=bits, where=where)
+    return LinearGrid.build(codes, parts["weight_scale"], zeros, bits=bits, where=where, order=order)
 
 
 def scheme(module: str, section: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from l4q.shards import ShardReader
 from l4q.starts.grid import LinearGrid
 
 Tensors = dict[str, torch.Tensor]
+ACTIVATION_ORDER = "activation order: its groups are not runs of neighbouring columns"
 
 
 class Decoder(Protocol):
@@ -30,23 +31,26 @@ class Decoder(Protocol):
         ...
 
     def decode(self, module: str, parts: Tensors, section: dict[str, Any], where: str) -> LinearGrid:
-        """One module's tensors by suffix to its grid."""
+        """One module's tensors by suffix to its grid; in activation order with groups of a single column."""
         ...
 
 
 class FolderStart:
     """A pre-quantized folder; see `PretrainedStart`."""
 
+    name: str
+    """What the model is called, whatever folder it lies in."""
+
     def __init__(self, path: Path, section: dict[str, Any], decoder: Decoder, shards: ShardReader) -> None:
-        self.path, self.format = path, decoder.FORMAT
+        self.path, self.format, self.name = path, decoder.FORMAT, path.resolve().name
         self._section, self._decoder, self._shards = section, decoder, shards
         mark = f".{decoder.MARK}"
         stems = {name.removesuffix(mark) for name in shards.names if name.endswith(mark)}
         self._modules = tuple(sorted(stems, key=natural_order))
 
     @classmethod
-    def open(cls, path: Path, section: dict[str, Any], decoder: Any) -> FolderStart:
-        """Check the quantization config and every safetensors header.
+    def open(cls, path: Path, section: dict[str, Any], decoder: Any, *, name: str = "") -> FolderStart:
+        """Check the quantization config and every safetensors header; `name` is the folder's if it is empty.
 
         Raises:
             UsageError: A file is missing or damaged, or no module is quantized.
@@ -54,6 +58,7 @@ class FolderStart:
         """
         decoder.check(section, f"{path}/config.json")
         start = cls(path, section, decoder, ShardReader.open(path))
+        start.name = name or start.name
         if not start._modules:
             raise UsageError(
                 "the folder's config says it is quantized, but no tensor is",
@@ -71,9 +76,36 @@ class FolderStart:
         return self._modules
 
     def grid(self, module: str) -> LinearGrid | None:
-        """The integers of a quantized module; None for any other."""
-        if module not in self._modules:
-            return None
+        """The integers of a quantized module; None for any other, and for one in activation order."""
+        grid = self._decode(module) if module in self._modules else None
+        return None if grid is None or is_activation_ordered(grid) else grid
+
+    def obstacle(self, module: str) -> str:
+        """Why `grid` has nothing for a module."""
+        return ACTIVATION_ORDER if module in self._modules else "the start keeps it on no linear grid"
+
+    def values(self, module: str) -> torch.Tensor:
+        """The dequantized float32 weight [out, in] of a quantized module, in activation order or not."""
+        return self._decode(module).dequantize()
+
+    def names(self) -> frozenset[str]:
+        """Names of all tensors that are not part of a quantized module."""
+        owned = {f"{module}.{part}" for module in self._modules for part in self._decoder.PARTS}
+        return self._shards.names - owned
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of `names`, in its stored dtype."""
+        return self._shards.tensor(name)
+
+    def config(self) -> Any:
+        """The transformers config, of the model without quantization."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.path)
+        vars(config).pop("quantization_config", None)
+        return config
+
+    def _decode(self, module: str) -> LinearGrid:
         names = {part: f"{module}.{part}" for part in self._decoder.PARTS}
         parts = {part: self._shards.tensor(name) for part, name in names.items() if name in self._shards.names}
         return self._decoder.decode(module, parts, self._section, f"{self.path}: {module}")
@@ -87,8 +119,7 @@ class FolderStart:
         """
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(self.path)
-        del config.quantization_config
+        config = self.config()
         architecture = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if architecture is None:
             raise UnsupportedError(
@@ -109,19 +140,14 @@ class FolderStart:
                 expected=architecture.__name__,
                 remedy="copy the whole folder again; fused or renamed layers cannot be read",
             )
-        model.config.name_or_path = self.path.resolve().name
+        model.config.name_or_path = self.name
         return model, transformers.AutoTokenizer.from_pretrained(self.path)
 
     def _state(self, dtype: torch.dtype) -> Tensors:
         """Every tensor of the model, dequantized, under its Hugging Face name."""
-        state: Tensors = {}
-        for module in self._modules:
-            grid = self.grid(module)
-            if grid is not None:
-                state[f"{module}.weight"] = grid.dequantize().to(dtype)
-        owned = {f"{module}.{part}" for module in self._modules for part in self._decoder.PARTS}
-        for name in sorted(self._shards.names - owned):
-            tensor = self._shards.tensor(name)
+        state: Tensors = {f"{module}.weight": self.values(module).to(dtype) for module in self._modules}
+        for name in sorted(self.names()):
+            tensor = self.tensor(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return state
 
@@ -158,20 +184,26 @@ def check_divides(columns: int, groups: int, where: str) -> None:
         )
 
 
-def check_order(g_idx: torch.Tensor | None, columns: int, groups: int, where: str) -> None:
-    """Refuse activation-ordered weights: their groups are not runs of neighbouring columns.
+def group_order(g_idx: torch.Tensor | None, columns: int, groups: int, where: str) -> torch.Tensor | None:
+    """The group of every column, int64 [columns], if groups are not runs of neighbouring columns; else None.
 
     Raises:
-        UnsupportedError: g_idx is not k // group_size.
+        UsageError: g_idx has another length, or names groups that do not exist.
     """
     if g_idx is None:
-        return
-    expected = torch.arange(columns) // (columns // groups)
-    if not torch.equal(g_idx.to(torch.int64), expected):
-        raise UnsupportedError(
-            "activation-ordered weights cannot be a start: no grid of L4Q has their groups",
-            where=where,
-            got="a g_idx that is not k // group_size",
-            expected="desc_act false",
-            remedy="start from a model quantized without act-order, or from the 16-bit model",
+        return None
+    order = g_idx.to(torch.int64)
+    if order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= groups:
+        raise UsageError(
+            "g_idx does not give every column a group",
+            where=f"{where}.g_idx",
+            got=f"{list(order.shape)}, groups {int(order.min())} to {int(order.max())}",
+            expected=f"[{columns}], groups 0 to {groups - 1}",
+            remedy="the tensors are damaged or do not belong together",
         )
+    return None if torch.equal(order, torch.arange(columns) // (columns // groups)) else order
+
+
+def is_activation_ordered(grid: LinearGrid) -> bool:
+    """Whether a decoder had to give every column its own group."""
+    return grid.group_size == 1

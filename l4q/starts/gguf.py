@@ -1,17 +1,15 @@
-"""GGUF files: transformers reads config, tokenizer and values; the integers of linear block types are read here.
+"""GGUF files: transformers reads config, tokenizer and values; integers are read by `l4q.starts.gguf_blocks`.
 
-    Q4_0: d, 32 nibbles                value = d * (q - 8)          d may be negative, see `LinearGrid.build`
-    Q4_1: d, m, 32 nibbles             value = d * q + m            integer zero-points where m = -z * d throughout
-    Q8_0: d, 32 signed bytes           value = d * q                read as codes q + 128
-
-Every other type that `gguf.quants.dequantize` knows (K types, IQ types, 16 and 32 bits) is dequantized and has no grid.
+Types without linear blocks that `gguf.quants.dequantize` knows (K types, IQ types, 16 and 32 bits) are dequantized and
+have no grid.
 Row orders and names are transformers' own: its tensor processor is applied to codes and block parameters alike.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,44 +19,15 @@ import numpy.typing as npt
 import torch
 
 from l4q.errors import UnsupportedError, UsageError
+from l4q.starts.gguf_blocks import LINEAR_TYPES, integer_points
 from l4q.starts.grid import LinearGrid
 
 log = logging.getLogger(__name__)
 
-BLOCK = 32
 MAGIC = b"GGUF"
-U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
-Fields = tuple[U8, F32, F32 | None]
-"""Codes [rows, columns], scales and mins [rows, blocks]."""
 
-
-def q4_0_fields(data: U8) -> Fields:
-    """Codes and scales of Q4_0 rows, uint8 [rows, blocks * 18]."""
-    blocks = data.reshape(len(data), -1, 2 + BLOCK // 2)
-    return _nibbles(blocks[..., 2:]), _halves(blocks[..., :2]), None
-
-
-def q4_1_fields(data: U8) -> Fields:
-    """Codes, scales and mins of Q4_1 rows, uint8 [rows, blocks * 20]."""
-    blocks = data.reshape(len(data), -1, 4 + BLOCK // 2)
-    return _nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4])
-
-
-def q8_0_fields(data: U8) -> Fields:
-    """Codes (raised by 128) and scales of Q8_0 rows, uint8 [rows, blocks * 34]."""
-    blocks = data.reshape(len(data), -1, 2 + BLOCK)
-    codes: U8 = blocks[..., 2:] ^ np.uint8(128)
-    return codes.reshape(len(data), -1), _halves(blocks[..., :2]), None
-
-
-# GGML type -> (bits, reader of its blocks)
-LINEAR_TYPES: dict[str, tuple[int, Callable[[U8], Fields]]] = {
-    "Q4_0": (4, q4_0_fields),
-    "Q4_1": (4, q4_1_fields),
-    "Q8_0": (8, q8_0_fields),
-}
-
+# types without blocks -> how they are kept in a checkpoint
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # attribute of a tokenizer -> the key of its token's id
 SPECIAL_TOKENS = {
@@ -109,20 +78,11 @@ class GgufStart:
             UnsupportedError: transformers cannot read this architecture from GGUF.
             UsageError: Tensors are missing.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        place = {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-            model, info = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise UnsupportedError(
-                "transformers cannot load this GGUF file",
-                where=self.path,
-                got=str(error).splitlines()[0],
-                expected="a causal language model with its tokenizer",
-                remedy="start from the Hugging Face folder it was made from",
-            ) from error
+        with self._readable():
+            loaded = AutoModelForCausalLM.from_pretrained(**self._place, dtype=dtype, output_loading_info=True)
+        model, info = loaded
         if info["missing_keys"]:
             raise UsageError(
                 "the GGUF file lacks tensors",
@@ -133,13 +93,65 @@ class GgufStart:
         _as_plain_model(model)
         model.config.name_or_path = self.path.stem
         self.attach(model)
-        self._complete(tokenizer, context=getattr(model.config, "max_position_embeddings", None))
-        return model, repair_tokenizer(tokenizer, self._field("tokenizer.ggml.pre"))
+        return model, self.tokenizer(context=getattr(model.config, "max_position_embeddings", None))
+
+    def config(self) -> Any:
+        """The transformers config, from the file's metadata.
+
+        Raises:
+            UnsupportedError: transformers cannot read this architecture from GGUF.
+        """
+        from transformers import AutoConfig
+
+        with self._readable():
+            config = AutoConfig.from_pretrained(**self._place)
+        return _short_epsilon(config)
+
+    def tokenizer(self, context: int | None) -> Any:
+        """The tokenizer, from the file's metadata; `context` bounds its model_max_length.
+
+        Raises:
+            UnsupportedError: The file has none that transformers can rebuild.
+        """
+        from transformers import AutoTokenizer
+
+        with self._readable():
+            tokenizer = AutoTokenizer.from_pretrained(**self._place)
+        self._complete(tokenizer, context)
+        return repair_tokenizer(tokenizer, self._field("tokenizer.ggml.pre"))
 
     def modules(self) -> tuple[str, ...]:
-        """Linear modules stored in a linear block type."""
+        """Modules whose weight is a matrix in a block type, linear or not."""
         stems = {name.removesuffix(".weight"): self._tensors[target] for name, target in self._names.items()}
-        return tuple(stem for stem, tensor in stems.items() if tensor.tensor_type.name in LINEAR_TYPES)
+        return tuple(
+            stem for stem, tensor in stems.items() if tensor.tensor_type.name not in PLAIN and len(tensor.shape) == 2
+        )
+
+    def obstacle(self, module: str) -> str:
+        """Why `grid` has nothing for a module."""
+        target = self._names.get(f"{module}.weight")
+        return "the start keeps it on no linear grid" + (f" ({self._type(target)})" if target else "")
+
+    def values(self, module: str) -> torch.Tensor:
+        """The float32 weight [out, in] that gguf makes of a module."""
+        return self._dequantized(f"{module}.weight")
+
+    def names(self) -> frozenset[str]:
+        """Hugging Face names of the tensors that belong to none of `modules`."""
+        return frozenset(self._names) - {f"{module}.weight" for module in self.modules()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of `names`, in the dtype of the file, or in float32 if that is none of torch."""
+        return self._dequantized(name).to(PLAIN.get(self._type(self._names[name]), torch.float32))
+
+    def homeless(self) -> tuple[str, ...]:
+        """Tensors of the file that the attached model has no place for."""
+        return tuple(sorted(set(self._tensors) - set(self._names.values())))
+
+    def rope_scaling(self) -> str | None:
+        """The RoPE scaling that the metadata names and transformers' reader does not look at."""
+        kind = self._field(f"{self._field('general.architecture')}.rope.scaling.type")
+        return None if kind in (None, "none") else str(kind)
 
     def grid(self, module: str) -> LinearGrid | None:
         """The integers of one linear layer; None if its type is not linear or the layer is not in the file."""
@@ -158,6 +170,35 @@ class GgufStart:
         if zeros is not None:
             return LinearGrid.build(codes, scales, zeros, bits=bits, where=where)  # type: ignore[arg-type]
         return LinearGrid.build(codes, scales, None, mins, bits=bits, where=where)  # type: ignore[arg-type]
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where transformers finds the file."""
+        return {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name}
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Make what transformers raises about the file an error of ours."""
+        try:
+            yield
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise UnsupportedError(
+                "transformers cannot load this GGUF file",
+                where=self.path,
+                got=str(error).splitlines()[0],
+                expected="a causal language model with its tokenizer",
+                remedy="start from the Hugging Face folder it was made from",
+            ) from error
+
+    def _type(self, target: str) -> str:
+        return str(self._tensors[target].tensor_type.name)
+
+    def _dequantized(self, name: str) -> torch.Tensor:
+        """The float32 values that gguf makes of a tensor, by its Hugging Face name."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[self._names[name]]
+        return self._hf_rows(dequantize(tensor.data, tensor.tensor_type), tensor.name)
 
     @cached_property
     def _reader(self) -> Any:
@@ -199,7 +240,7 @@ class GgufStart:
     def _hf_rows(self, part: npt.NDArray[Any], name: str) -> torch.Tensor:
         """Rows in Hugging Face's order: [rows, anything] of a GGUF tensor, permuted as transformers does."""
         moved = self._processor.process(weights=part, name=name, tensor_key_mapping={}, parsed_parameters={}).weights
-        return torch.from_numpy(np.ascontiguousarray(moved))
+        return torch.from_numpy(np.require(moved, requirements=("C", "W")))  # a view of the file is copied
 
 
 @lru_cache(maxsize=1)
@@ -208,14 +249,6 @@ def _read(path: Path, changed: int, size: int) -> Any:
     from gguf import GGUFReader
 
     return GGUFReader(path)
-
-
-def integer_points(scales: torch.Tensor, mins: torch.Tensor, top: int) -> torch.Tensor | None:
-    """Zero-points z with m = -z * d exactly and z in [0, top] in every block, or None."""
-    live = scales != 0
-    zeros = torch.where(live, -mins / torch.where(live, scales, 1), 0).round()
-    exact = (-zeros * scales == mins) & (zeros >= 0) & (zeros <= top)
-    return zeros.to(torch.int64) if bool(exact.all()) else None
 
 
 def repair_tokenizer(tokenizer: Any, pre: object) -> Any:
@@ -251,18 +284,12 @@ def _as_plain_model(model: Any) -> None:
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     vars(model.config).pop("_model_name_or_path", None)  # the file's general.name, neither a path nor a model id
-    # The file holds the float32 nearest to 1e-5, say; its short form is the same float32.
-    epsilon = getattr(model.config, "rms_norm_eps", None)
+    _short_epsilon(model.config)
+
+
+def _short_epsilon(config: Any) -> Any:
+    """The file holds the float32 nearest to 1e-5, say; its short form is the same float32."""
+    epsilon = getattr(config, "rms_norm_eps", None)
     if epsilon is not None:
-        model.config.rms_norm_eps = float(str(np.float32(epsilon)))
-
-
-def _nibbles(packed: U8) -> U8:
-    """[rows, blocks, 16] bytes to codes [rows, blocks * 32]: byte j holds columns j (low) and j + 16 (high)."""
-    codes: U8 = np.concatenate((packed & 15, packed >> 4), axis=-1)
-    return codes.reshape(len(packed), -1)
-
-
-def _halves(data: U8) -> F32:
-    """[rows, blocks, 2] bytes to float32 [rows, blocks]."""
-    return np.ascontiguousarray(data).view("<f2")[..., 0].astype(np.float32)
+        config.rms_norm_eps = float(str(np.float32(epsilon)))
+    return config

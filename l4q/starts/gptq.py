@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from l4q.errors import UnsupportedError, UsageError
-from l4q.starts.folder import check_divides, check_order, need
+from l4q.starts.folder import check_divides, group_order, need
 from l4q.starts.grid import GRID_BITS, LinearGrid
 from l4q.starts.stream import unpack_words
 
@@ -25,7 +25,7 @@ SUBTRACTED = {"gptq": 1, "gptq_v2": 0}
 
 
 def check(section: dict[str, Any], where: str) -> None:
-    """Refuse other checkpoint formats and activation order.
+    """Refuse other checkpoint formats.
 
     Raises:
         UnsupportedError: See above.
@@ -42,7 +42,7 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
 
     Raises:
         UsageError: Tensors are missing, damaged or contradict the config.
-        UnsupportedError: Activation order, or a number of bits that is not read.
+        UnsupportedError: A number of bits that is not read.
     """
     need(parts, ("qweight", "scales"), where)
     options = {**section, **_override(module, section)}
@@ -52,7 +52,7 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
     groups, rows = parts["scales"].shape
     columns = parts["g_idx"].shape[0] if "g_idx" in parts else parts["qweight"].shape[0] * 32 // bits
     check_divides(columns, groups, where)
-    check_order(parts.get("g_idx"), columns, groups, where)
+    order = group_order(parts.get("g_idx"), columns, groups, where)
     codes = unpack_words(parts["qweight"].T.contiguous(), columns, bits, f"{where}.qweight")  # [N, K]
     zeros: torch.Tensor | None = None
     if "qzeros" in parts:
@@ -70,7 +70,7 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
             )
     elif not symmetric:
         need(parts, ("qzeros",), where)
-    return LinearGrid.build(codes, parts["scales"].T.contiguous(), zeros, bits=bits, where=where)
+    return LinearGrid.build(codes, parts["scales"].T.contiguous(), zeros, bits=bits, where=where, order=order)
 
 
 def _override(module: str, section: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class LinearGrid:
         *,
         bits: int,
         where: str,
+        order: torch.Tensor | None = None,
     ) -> LinearGrid:
         """Check shapes and ranges and write the same weights with positive scales.
 
@@ -63,6 +64,8 @@ class LinearGrid:
             mins: [out, groups], any float dtype.
             bits: Bits per code, one of `GRID_BITS`.
             where: File and module, for messages.
+            order: int64 [in], the group of every column, if groups are not runs of neighbours (activation order); the
+                grid then has groups of one column, each with its group's parameters.
 
         Raises:
             UsageError: A shape, range or value cannot be a grid.
@@ -77,6 +80,9 @@ class LinearGrid:
         for label, part in (("scales", scales), ("mins", mins)):
             good = part is None or bool(torch.isfinite(part).all())
             _check(good, where, label, "NaN or infinite values", "finite numbers")
+        if order is not None:
+            scales, groups = scales[:, order], codes.shape[1]
+            zeros, mins = (None if part is None else part[:, order] for part in (zeros, mins))
         size, scales = codes.shape[1] // groups, scales.float()
         if mins is not None:
             empty = scales == 0

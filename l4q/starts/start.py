@@ -30,6 +30,26 @@ class PretrainedStart(Protocol):
         """The integers of one linear layer by its Hugging Face module name; None if it has none."""
         ...
 
+    def obstacle(self, module: str) -> str:
+        """Why `grid` has nothing for a module, in a few words."""
+        ...
+
     def modules(self) -> tuple[str, ...]:
-        """Modules `grid` has integers for."""
+        """Modules that the model keeps quantized; `grid` may still have nothing for some of them."""
+        ...
+
+    def values(self, module: str) -> torch.Tensor:
+        """The dequantized float32 weight [out, in] of one of `modules`."""
+        ...
+
+    def names(self) -> frozenset[str]:
+        """Hugging Face names of the tensors that belong to none of `modules`."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of `names`, without rounding."""
+        ...
+
+    def config(self) -> Any:
+        """The transformers config of the unquantized model."""
         ...

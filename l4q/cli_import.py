@@ -1,0 +1,73 @@
+"""`l4q-import`: somebody else's integers as an L4Q checkpoint, to be exported to another runtime."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from l4q.cli_common import run
+from l4q.config import ZeroPoint
+
+if TYPE_CHECKING:
+    from l4q.importing.plan import ImportPlan
+
+FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+@click.command(
+    name="import",
+    epilog="Example: l4q-import model.gguf --out CHECKPOINT && l4q-export CHECKPOINT --to onnx --out exports",
+)
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to create.")
+@click.option("--config", type=FOLDER, help="Folder with config.json and tokenizer, in place of a GGUF file's own.")
+@click.option(
+    "--zero-point",
+    type=click.Choice(get_args(ZeroPoint)),
+    help="Kind of zero-point of the checkpoint.  [default: the narrowest of those that hold most modules]",
+)
+@click.option("--allow-dense", is_flag=True, help="Keep modules that do not fit as dense float32, instead of stopping.")
+@click.option("--dry-run", is_flag=True, help="Print what would become of each module and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(as_json: bool, **values: Any) -> None:
+    """Turn SOURCE into an L4Q checkpoint that holds the same integers.
+
+    SOURCE is a GPTQ, AWQ or compressed-tensors folder or hub id, or a GGUF file with Q4_0 or Q4_1 blocks. Nothing is
+    quantized again: every weight of a module keeps its value, or the module is refused with the reason.
+    """
+    from l4q.importing import ImportOptions, import_model
+
+    options = ImportOptions(**values)
+    plan = import_model(options)
+    written = None if options.dry_run else str(options.out)
+    click.echo(json.dumps({**plan.to_dict(), "checkpoint": written}, indent=2) if as_json else format_plan(plan))
+    if options.dry_run:
+        plan.check(allow_dense=options.allow_dense)
+    elif not as_json:
+        click.echo(f"checkpoint {written}")
+
+
+def format_plan(plan: ImportPlan) -> str:
+    """The plan as a few lines: equal fates of modules are counted, refused modules are named."""
+    from l4q.importing.plan import grid_words
+
+    fates = Counter((module.own or "no linear grid", module.exact) for module in plan.modules)
+    lines = [f"{plan.format}: {plan.source}"]
+    lines += [f"{count:5} modules {'exact' if exact else 'REFUSED'}: {own}" for (own, exact), count in fates.items()]
+    lines += [f"      {module.name}: {module.reason}" for module in plan.refused]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join([*lines, f"grid: {grid_words(plan.quant) if plan.quant else 'none'}"])
+
+
+def main() -> None:
+    """Entry point of the `l4q-import` script."""
+    run(command)
+
+
+if __name__ == "__main__":
+    main()
