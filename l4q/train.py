@@ -20,7 +20,8 @@ from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
-from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
+from l4q.model import WrapReport, l4q_layers, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
+from l4q.rules import split_siblings
 from l4q.run_folder import RunFolder
 from l4q.sharding import hollow_model, reads_weights, shard_model
 from l4q.starts import open_start
@@ -180,9 +181,15 @@ def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
         skip_indivisible=options.leave_dense,
         start=start,
         storage=options.base_storage,
+        overrides=options.overrides,
+        skip=options.skip,
+        quantize_head=options.quantize_head,
     )
     for line in report.describe_start():
         log.info("%s", line)
+    sizes = {name: layer.quant.group_size for name, layer in l4q_layers(model)}
+    for layer in split_siblings({**dict.fromkeys(report.dense), **sizes}):
+        log.warning("%s: vLLM fuses these, so exports to gptq, awq and compressed-tensors will be refused", layer)
     return report
 
 
