@@ -72,8 +72,19 @@ def split_notes(
 
 
 def split_problems(checkpoint: L4QCheckpoint, ranks: int, shares_row_scales: bool) -> Iterator[str]:
-    """Everything that stands in the way of `ranks` ranks, one sentence each."""
-    config = checkpoint.config
+    """Everything that stands in the way of `ranks` ranks, one sentence each: sizes of the model, else its modules."""
+    sizes = list(_odd_sizes(checkpoint.config, ranks))
+    yield from sizes
+    for layer, members in () if sizes else fused_members(checkpoint).items():
+        check = _CHECKS.get(layer.rpartition(".")[2])
+        infos = {member: checkpoint.info(member) for member in members}
+        if check is None:
+            yield f"{layer}: not one of {sorted(_CHECKS)}, so how vLLM splits it is not known"
+        else:
+            yield from (f"{layer}: {problem}" for problem in check(checkpoint.config, infos, ranks, shares_row_scales))
+
+
+def _odd_sizes(config: Mapping[str, Any], ranks: int) -> Iterator[str]:
     heads, kv_heads = _heads(config)
     if heads % ranks:
         yield f"{heads} attention heads"
@@ -85,13 +96,6 @@ def split_problems(checkpoint: L4QCheckpoint, ranks: int, shares_row_scales: boo
     padded = _padded(int(config["vocab_size"]))
     if padded % ranks:
         yield f"vocabulary of {padded} rows with padding"
-    for layer, members in fused_members(checkpoint).items():
-        check = _CHECKS.get(layer.rpartition(".")[2])
-        infos = {member: checkpoint.info(member) for member in members}
-        if check is None:
-            yield f"{layer}: not one of {sorted(_CHECKS)}, so how vLLM splits it is not known"
-        else:
-            yield from (f"{layer}: {problem}" for problem in check(config, infos, ranks, shares_row_scales))
 
 
 def _by_rows(config: Mapping[str, Any], infos: Mapping[str, WeightInfo], ranks: int, _: bool) -> Iterator[str]:
