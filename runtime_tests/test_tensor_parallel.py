@@ -57,12 +57,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, tuple[str, ...], s
         VLLM_FORMATS,
         r"got: 4 attention heads(?s:.)*--tensor-parallel 2 or 4\n",
     ),
-        {"group_size": 32},
-        {"vocab_size": 384, "intermediate_size": 384},
-        3,
-        VLLM_FORMATS,
-        r"got: 4 attention heads(?s:.)*--tensor-parallel 2 or 4\n",
-    ),
     "kv heads": (
         {"group_size": 32},
         {
