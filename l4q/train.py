@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,6 +188,8 @@ def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
     )
     for line in report.describe_start():
         log.info("%s", line)
+    for grid, count in Counter(layer.quant for _, layer in l4q_layers(model)).items() if options.overrides else ():
+        log.info("%d layers: %s", count, ", ".join(f"{key} {value}" for key, value in grid.to_dict().items()))
     sizes = {name: layer.quant.group_size for name, layer in l4q_layers(model)}
     for layer in split_siblings({**dict.fromkeys(report.dense), **sizes}):
         log.warning("%s: vLLM fuses these, so exports to gptq, awq and compressed-tensors will be refused", layer)

@@ -259,8 +259,9 @@ def test_split_siblings_are_announced_before_training(
 ) -> None:
     """q_proj on another group size than k and v, and a dense up_proj: hours of training end in no vLLM format."""
     shutil.rmtree(tmp_path, ignore_errors=True)
-    with caplog.at_level(logging.WARNING, logger="l4q"):
+    with caplog.at_level(logging.INFO, logger="l4q"):
         train(replace(base, out=tmp_path, steps=1))
+    assert "1 layers: bits 3, group_size 64, zero_point integer, scale_grid fp16_s7" in caplog.messages
     warned = [record.getMessage() for record in caplog.records if "vLLM fuses" in record.getMessage()]
     assert [line.split(" ")[0] for line in warned] == [
         "model.layers.2.mlp.gate_up_proj",

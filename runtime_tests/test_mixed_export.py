@@ -18,15 +18,18 @@ from exporters.card import CARD_NAME
 from exporters.export import export
 from exporters.manifest import read_manifest
 from l4q.checkpoint import L4QCheckpoint
-from l4q.config import QuantConfig
+from l4q.config import LoraConfig, QuantConfig
 from l4q.errors import UnsupportedError
+from l4q.model import wrap_linears
+from l4q.rules import Override
+from l4q.starts import open_start
 from runtime_tests.engines.host import RemoteEngine
 from runtime_tests.hf_exports import edit_config, section, support, write_export, wrong_modules
 from runtime_tests.mixed_models import MIXES, Mix, mixed_checkpoint
 from runtime_tests.random_models import dequantized_model, model_logprobs
 from runtime_tests.test_vllm_formats import TOKENS, failed
 
-GROUPS, ZEROS = MIXES["groups"], MIXES["zero-points"]
+GROUPS = MIXES["groups"]
 FORMATS = {
     "groups": ("gptq", "compressed-tensors", "gguf", "onnx"),
     "zero-points": ("gptq", "awq", "compressed-tensors", "gguf", "onnx"),
@@ -179,6 +182,25 @@ def test_a_head_that_vllm_would_have_to_pad(format_name: str, loads: bool, tmp_p
         loads,
         "" if loads else "lm_head has 328 rows, and vLLM's loader of this format takes multiples of 64",
     )
+
+
+def test_a_mixed_export_is_a_start_that_is_reproduced(checkpoints: dict[str, L4QCheckpoint], tmp_path: Path) -> None:
+    """With overrides every module of a mixed folder starts bit for bit; without, all but the head with finer groups."""
+    checkpoint = checkpoints["groups"]
+    write_export(checkpoint, "gptq", tmp_path / "out")
+    sizes = [Override.parse(text) for text in GROUPS.overrides]
+    rules = tuple(Override(pattern=rule.pattern, group_size=rule.group_size) for rule in sizes if rule.group_size)
+    for overrides, count in ((rules, 14), ((), 13)):
+        report = wrap_linears(
+            dequantized_model(checkpoint),
+            GROUPS.quant,
+            LoraConfig(rank=4),
+            start=open_start(str(tmp_path / "out")),
+            overrides=overrides,
+            skip=GROUPS.skip,
+            quantize_head=True,
+        )
+        assert len(report.reproduced) == count
 
 
 def test_transformers_unpacks_every_scheme(checkpoints: dict[str, L4QCheckpoint], tmp_path: Path) -> None:
