@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import l4q
@@ -45,6 +46,7 @@ def write_card(
         f"group size {quant.group_size}, zero-point {quant.zero_point}, scale grid {quant.scale_grid}. "
         "The integers in this folder are the trained ones; nothing was quantized again on the way.",
         "",
+        *_mixed(checkpoint),
         f"- Quantized tensors: {len(plan.quantized)}, {plan.bits_per_weight:.2f} bits per weight with scales",
         f"- Size of the tensors: {plan.nbytes:,} bytes",
         f"- {verified}",
@@ -68,6 +70,18 @@ def write_card(
         "",
     ]
     (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _mixed(checkpoint: L4QCheckpoint) -> list[str]:
+    """One line per other grid, with its number of modules; nothing if all are on the common one."""
+    base = (checkpoint.quant.bits, checkpoint.quant.group_size, checkpoint.quant.zero_point)
+    counted = Counter(checkpoint.info(module).grid for module in checkpoint.modules)
+    others = [
+        f"- {count} modules on another grid: {bits} bits, group size {group_size}, zero-point {zero_point}"
+        for (bits, group_size, zero_point), count in counted.items()
+        if (bits, group_size, zero_point) != base
+    ]
+    return [*others, ""] if others else []
 
 
 def update_parity(folder: Path, markdown: str) -> bool:

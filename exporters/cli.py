@@ -53,6 +53,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
     "--container-bits", type=int, default=None,
     help="Bits per stored code in GPTQ, AWQ and compressed-tensors; 4 unless given, which is what vLLM runs.",
 )  # fmt: skip
+@click.option(
+    "--tensor-parallel", type=click.IntRange(1), default=1, show_default=True,
+    help="Check that GPTQ, AWQ and compressed-tensors survive vLLM's split over this many ranks.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Export CHECKPOINT, the folder l4q-train wrote, packing its trained integers without quantizing again."""

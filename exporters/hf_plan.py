@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from exporters.plan import ExportOptions, Fidelity, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
+from l4q.rules import FUSED, split_siblings
 
 # option dtype -> (safetensors word, bytes per value)
 DENSE = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
@@ -20,14 +22,10 @@ EXACT_CASTS = {("F16", "F32"), ("BF16", "F32")}
 VLLM_MULTIPLE = 32
 # vllm 0.32: group sizes of its fast CUDA kernels (Machete, Marlin), layers/quantization/utils/marlin_utils.py
 VLLM_FAST_GROUPS = (-1, 32, 64, 128)
-# vLLM concatenates these members along the output and needs one scheme for all of them.
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+HEAD = "lm_head"
+"""The output head."""
+HEAD_MULTIPLE = 64
+"""vLLM pads the rows of embedding and output head to it."""
 
 
 def plan_dense(checkpoint: L4QCheckpoint, options: ExportOptions) -> list[PlannedTensor]:
@@ -83,24 +81,50 @@ def refuse_float(checkpoint: L4QCheckpoint, label: str) -> None:
         )
 
 
+def refuse_siblings(checkpoint: L4QCheckpoint, label: str) -> None:
+    """Refuse what vLLM's fused layers cannot mix: group sizes, and quantized with dense members.
+
+    Raises:
+        UnsupportedError: A fused layer has such members; the message lists all of them.
+    """
+    sizes: dict[str, int | None] = dict.fromkeys(skipped_linears(checkpoint))
+    sizes |= {module: checkpoint.info(module).stated_group_size for module in checkpoint.modules}
+    split = split_siblings(sizes)
+    if split:
+        raise UnsupportedError(
+            f"vLLM fuses q, k and v, and gate and up, so {label} needs one group size for the members of each",
+            where=listing(split),
+            got="different group sizes, or members left dense",
+            expected="one --override or --skip pattern for all members, such as *.self_attn.[qkv]_proj",
+            remedy="train with such patterns, or export to gguf or onnx, which mix freely",
+        )
+
+
+def group_sizes(checkpoint: L4QCheckpoint) -> tuple[int, ...]:
+    """The group sizes of all modules as recorded (-1: one group per row), the most frequent first."""
+    counted = Counter(checkpoint.info(module).stated_group_size for module in checkpoint.modules)
+    return tuple(size for size, _ in counted.most_common())
+
+
 def refuse_mixed_groups(checkpoint: L4QCheckpoint, label: str) -> None:
     """Refuse more than one group size, for formats whose config has one field for all modules.
 
     Raises:
-        UnsupportedError: A module is off the checkpoint's group size; the message lists all of them.
+        UnsupportedError: A module is off the most frequent group size; the message lists all of them.
     """
-    quant, infos = checkpoint.quant, {module: checkpoint.info(module) for module in checkpoint.modules}
+    common = group_sizes(checkpoint)[0]
+    infos = {module: checkpoint.info(module) for module in checkpoint.modules}
     odd = [
         f"{module}: group {info.group_size} of {info.in_features}"
         for module, info in infos.items()
-        if info.group_size != quant.resolve_group_size(info.in_features)
+        if info.stated_group_size != common
     ]
     if odd:
         raise UnsupportedError(
             f"{label}'s config holds one group size",
             where=listing(odd),
-            expected=f"group_size {quant.group_size} everywhere",
-            remedy="freeze the checkpoint with one group size, or export to compressed-tensors, gguf or onnx",
+            expected=f"group_size {common} everywhere",
+            remedy="train with one group size, or export to gptq (symmetric), compressed-tensors, gguf or onnx",
         )
 
 
@@ -126,29 +150,33 @@ def vllm_problems(checkpoint: L4QCheckpoint, options: ExportOptions) -> str:
     """Why vLLM's int4 kernels would not run this checkpoint in any layout, or ""."""
     if options.dtype == "float32":
         return "vLLM's int4 kernels compute in float16 or bfloat16; write --dtype float16"
-    return listing((*_mixed_fused(checkpoint), *_odd_fused(checkpoint)))
+    return listing(_odd_fused(checkpoint))
+
+
+def padded_head(checkpoint: L4QCheckpoint) -> str:
+    """Why vLLM cannot load a head packed along its rows (GPTQ, AWQ), or "".
+
+    vllm 0.32, vocab_parallel_embedding.py: `weight_loader` fills the rows it adds only where rows are the first axis.
+    """
+    if HEAD not in checkpoint.modules or checkpoint.info(HEAD).out_features % HEAD_MULTIPLE == 0:
+        return ""
+    rows = checkpoint.info(HEAD).out_features
+    return f"{HEAD} has {rows} rows, and vLLM's loader of this format takes multiples of {HEAD_MULTIPLE}"
 
 
 def fused_members(checkpoint: L4QCheckpoint) -> dict[str, list[str]]:
     """Quantized modules by the layer vLLM fuses them into; an unfused module stands alone."""
     fused: dict[str, list[str]] = {}
     for module in checkpoint.modules:
-        parent, _, leaf = module.rpartition(".")
-        fused.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}", []).append(module)
+        parent, dot, leaf = module.rpartition(".")
+        fused.setdefault(f"{parent}{dot}{FUSED.get(leaf, leaf)}", []).append(module)
     return fused
-
-
-def _mixed_fused(checkpoint: L4QCheckpoint) -> list[str]:
-    skipped = {
-        f"{stem.rpartition('.')[0]}.{FUSED.get(stem.rpartition('.')[2], '')}" for stem in skipped_linears(checkpoint)
-    }
-    return [f"{layer} is only partly quantized" for layer in fused_members(checkpoint) if layer in skipped]
 
 
 def _odd_fused(checkpoint: L4QCheckpoint) -> list[str]:
     odd = []
     for layer, members in fused_members(checkpoint).items():
-        rows = sum(checkpoint.info(member).out_features for member in members)
+        rows = 0 if layer == HEAD else sum(checkpoint.info(member).out_features for member in members)
         columns = checkpoint.info(members[0]).in_features
         if rows % VLLM_MULTIPLE or columns % VLLM_MULTIPLE:
             odd.append(f"{layer} [{rows}, {columns}] is not in multiples of {VLLM_MULTIPLE}")

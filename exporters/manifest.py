@@ -11,6 +11,7 @@ import l4q
 from exporters.files import write_json
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
+from l4q.module_grids import MODULES_KEY
 
 MANIFEST_NAME = "l4q_export.json"
 
@@ -24,7 +25,7 @@ def write_manifest(folder: Path, checkpoint: L4QCheckpoint, plan: ExportPlan, op
             "l4q_version": l4q.__version__,
             "format": plan.format,
             "encodings": encodings,
-            "quantization": checkpoint.quant.to_dict(),
+            "quantization": {**checkpoint.quant.to_dict(), **mixed_grids(checkpoint)},
             "quantized_tensors": len(plan.quantized),
             "tensor_bytes": plan.nbytes,
             "bits_per_weight": round(plan.bits_per_weight, 4),
@@ -32,6 +33,12 @@ def write_manifest(folder: Path, checkpoint: L4QCheckpoint, plan: ExportPlan, op
             "options": asdict(options),
         },
     )
+
+
+def mixed_grids(checkpoint: L4QCheckpoint) -> dict[str, Any]:
+    """The grids of modules that are not on the common one, as config.json lists them; empty if there are none."""
+    section = checkpoint.config["quantization_config"]
+    return {MODULES_KEY: section[MODULES_KEY]} if section.get(MODULES_KEY) else {}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

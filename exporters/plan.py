@@ -113,6 +113,8 @@ class ExportOptions:
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
     container_bits: int | None = None
     """Bits per stored code in GPTQ, AWQ and compressed-tensors; None takes 4, for which vLLM has kernels everywhere."""
+    tensor_parallel: int = 1
+    """Ranks that vLLM shall split GPTQ, AWQ and compressed-tensors over; refused where a module does not survive it."""
     allow_rounding: bool = False
     """Write a format that cannot hold the trained values exactly, rounding them."""
 
@@ -125,6 +127,10 @@ class ExportOptions:
             "onnx_accuracy_level": (self.onnx_accuracy_level, (0, 1, 2, 3, 4)),
             "dtype": (self.dtype, get_args(DenseDtype)),
         }
+        if self.tensor_parallel < 1:
+            raise UsageError(
+                "unknown number of ranks", where="tensor_parallel", got=self.tensor_parallel, expected=">= 1"
+            )
         for field, (value, allowed) in choices.items():
             if value not in allowed:
                 raise UsageError(f"unknown {field}", where=field, got=repr(value), expected=f"one of {allowed}")

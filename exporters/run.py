@@ -23,6 +23,7 @@ _OPTIONS = (
     "onnx_accuracy_level",
     "dtype",
     "container_bits",
+    "tensor_parallel",
     "allow_rounding",
 )
 

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _EXPORTS = {
+    "Override": "l4q.rules",
     "QuantConfig": "l4q.config",
     "LoraConfig": "l4q.config",
     "GridLearning": "l4q.config",

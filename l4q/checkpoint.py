@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4q.bitpack import pack_codes, row_bytes, unpack_codes
-from l4q.config import FORMAT_VERSION, QuantConfig, ZeroPoint
+from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
+from l4q.module_grids import grid_record, grids_entry, module_grids
 from l4q.shards import ShardReader, ShardWriter
 from l4q.weight import QuantizedWeight
 
@@ -37,6 +38,18 @@ class WeightInfo:
     group_size: int
     """Columns per group, never -1."""
     zero_point: ZeroPoint
+    per_row: bool = False
+    """Whether the record says group_size -1: one group per row, however long."""
+
+    @property
+    def stated_group_size(self) -> int:
+        """The group size as recorded: columns per group, or -1."""
+        return PER_ROW if self.per_row else self.group_size
+
+    @property
+    def grid(self) -> tuple[int, int, ZeroPoint]:
+        """Bits, group size as recorded, and zero-point."""
+        return (self.bits, self.stated_group_size, self.zero_point)
 
     @property
     def groups(self) -> int:
@@ -97,6 +110,7 @@ class L4QCheckpoint:
         checkpoint = cls(folder, config, quant, ShardReader.open(folder))
         if not checkpoint.modules:
             raise UsageError("the checkpoint has no quantized linear", where=folder, expected="<module>.codes tensors")
+        checkpoint._check_grids(module_grids(section, where=folder / CONFIG_NAME))
         return checkpoint
 
     @property
@@ -172,9 +186,23 @@ class L4QCheckpoint:
             bits=grid.bits,
             group_size=group_size,
             zero_point=grid.zero_point,
+            per_row=grid.group_size == PER_ROW,
         )
         self._check_parts(module, info)
         return info
+
+    def _check_grids(self, stated: Mapping[str, QuantConfig]) -> None:
+        """What config.json says of a module, which transformers reads, must be what its record says."""
+        for module in {*stated, *self.modules}:
+            info, grid = self._infos.get(module), stated.get(module, self.quant)
+            if info is None or info.grid != (grid.bits, grid.group_size, grid.zero_point):
+                raise UsageError(
+                    "config.json and a module's record disagree on its grid",
+                    where=f"{self.path}: {module}",
+                    got="no such module" if info is None else info.grid,
+                    expected=(grid.bits, grid.group_size, grid.zero_point),
+                    remedy=_REWRITE,
+                )
 
     def _check_parts(self, module: str, info: WeightInfo) -> None:
         grouped = (info.out_features, info.groups)
@@ -211,6 +239,7 @@ def save_checkpoint(
     weights: Iterable[tuple[str, QuantizedWeight]],
     dense: Iterable[tuple[str, torch.Tensor]],
     quant: QuantConfig,
+    grids: Mapping[str, QuantConfig] | None = None,
     modules_to_not_convert: Iterable[str] = (),
     side_files: Iterable[Path] = (),
     overwrite: bool = False,
@@ -223,6 +252,7 @@ def save_checkpoint(
         weights: (module, weight) pairs, consumed one at a time.
         dense: (tensor name, tensor) pairs of everything that is not quantized, without tied duplicates.
         quant: The grid the weights were trained on.
+        grids: Grids of modules that have another; config.json lists those that differ, with what the weights say.
         modules_to_not_convert: Names of linear modules that stay dense ("lm_head", ...).
         side_files: Tokenizer and other files copied unchanged.
         overwrite: Replace an existing folder.
@@ -230,15 +260,20 @@ def save_checkpoint(
     Raises:
         UsageError: The folder exists and `overwrite` is false.
     """
+    records: dict[str, dict[str, Any]] = {}
     with staged_folder(Path(path), overwrite=overwrite) as stage:
         writer = ShardWriter(stage)
         for module, weight in weights:
-            writer.add(_weight_tensors(module, weight), {module: _record(weight, quant)})
+            records[module] = grid_record(weight, (grids or {}).get(module, quant))
+            record = {key: value for key, value in records[module].items() if key != "scale_grid"}
+            metadata = json.dumps({**record, "shape": list(weight.shape)}, sort_keys=True)
+            writer.add(_weight_tensors(module, weight), {module: metadata})
         for name, tensor in dense:
             writer.add({name: tensor.detach().cpu().contiguous()}, {})
         writer.close()
         section = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **quant.to_dict()}
         section["modules_to_not_convert"] = sorted(modules_to_not_convert)
+        section |= grids_entry(records, quant)
         content = json.dumps({**config, "quantization_config": section}, indent=2, sort_keys=True)
         (stage / CONFIG_NAME).write_text(content + "\n", encoding="utf-8")
         copy_files(side_files, stage)
@@ -258,12 +293,6 @@ def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Ten
     if weight.mins is not None:
         arrays["mins"] = weight.mins
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
-
-
-def _record(weight: QuantizedWeight, quant: QuantConfig) -> str:
-    group_size = -1 if weight.groups == 1 and quant.group_size == -1 else weight.group_size
-    record = {"shape": list(weight.shape), "bits": weight.bits, "group_size": group_size}
-    return json.dumps({**record, "zero_point": weight.zero_point}, sort_keys=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

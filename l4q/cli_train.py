@@ -20,6 +20,7 @@ from l4q.config import (
     ScaleGrid,
     ZeroPoint,
 )
+from l4q.rules import Override
 from l4q.train_options import Amp, EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -56,6 +57,16 @@ RESULT_LINES = {
 )
 @click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size does not divide.")
 @click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN:FIELD=VALUE,...",
+    help="Another grid for the layers a pattern matches (bits, group_size, zero_point, scale_grid); repeatable, the "
+    "first that matches holds.",
+)
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave the layers a pattern matches dense; repeatable.")
+@click.option("--quantize-head", is_flag=True, help="Quantize the output head too, if it is not the embedding matrix.")
 @click.option("--rank", type=int, default=8, help="LoRA rank.")
 @click.option("--alpha", type=float, default=16.0, help="LoRA scaling is alpha / rank.")
 @click.option("--dropout", type=float, default=0.0, help="LoRA dropout probability.")
@@ -150,6 +161,8 @@ def parse_options(values: dict[str, Any]) -> TrainOptions:
             train_offsets=take("train_offsets"),
             gradient_scale=take("gradient_scale"),
         ),
+        overrides=tuple(map(Override.parse, take("overrides"))),
+        skip=tuple(take("skip")),
         evaluation=EvalOptions(text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows")),
         **rest,
     )

@@ -23,6 +23,7 @@ from l4q.bitpack import row_bytes, unpack_codes
 from l4q.checkpoint import QUANT_METHOD
 from l4q.config import FORMAT_VERSION, QuantConfig
 from l4q.errors import UsageError
+from l4q.module_grids import MODULES_KEY, module_grids
 
 
 class L4QConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
@@ -33,11 +34,18 @@ class L4QConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
         self.format_version = values.get("format_version", FORMAT_VERSION)
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.grid = QuantConfig.from_dict(values, where="quantization_config")
+        self.modules = module_grids(values, where="quantization_config")
+
+    def grid_of(self, module: str) -> QuantConfig:
+        """The grid of one linear module."""
+        return self.modules.get(module, self.grid)
 
     def to_dict(self) -> dict[str, Any]:
         """The section as written to config.json."""
         own = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
-        return {**own, **self.grid.to_dict(), "modules_to_not_convert": self.modules_to_not_convert}
+        section = {**own, **self.grid.to_dict(), "modules_to_not_convert": self.modules_to_not_convert}
+        grids = {module: grid.to_dict() for module, grid in self.modules.items()}
+        return {**section, MODULES_KEY: grids} if grids else section
 
 
 class PackedLinear(nn.Module):
@@ -94,15 +102,16 @@ class L4QHfQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         skip = set(config.modules_to_not_convert)
         linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n not in skip}
         for name, linear in linears.items():
-            if linear.in_features % config.grid.resolve_group_size(linear.in_features):
+            grid = config.grid_of(name)
+            if linear.in_features % grid.resolve_group_size(linear.in_features):
                 raise UsageError(
                     "the group size does not divide in_features",
                     where=name,
-                    got=f"{linear.in_features} / {config.grid.group_size}",
+                    got=f"{linear.in_features} / {grid.group_size}",
                     remedy="name the module in quantization_config.modules_to_not_convert if it is dense",
                 )
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, PackedLinear(linear, config.grid))
+            setattr(model.get_submodule(parent), attribute, PackedLinear(linear, grid))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, packed in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:

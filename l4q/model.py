@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +14,15 @@ import torch
 from torch import nn
 
 from l4q.checkpoint import save_checkpoint
-from l4q.config import GROUP_MULTIPLE, BaseStorage, GridLearning, Init, LoraConfig, QuantConfig
+from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
 from l4q.linear import L4QLinear
+from l4q.rules import Override
 from l4q.starts.adopt import adopt, reproduces
 from l4q.starts.start import PretrainedStart
+from l4q.targets import choose_targets, indivisible
 from l4q.weight import QuantizedWeight
 
 TRAINABLE = ("lora_A", "lora_B", "scales", "offsets")
@@ -62,11 +63,14 @@ def wrap_linears(
     start: PretrainedStart | None = None,
     storage: BaseStorage = "dense",
     moments: Mapping[str, torch.Tensor] | None = None,
+    overrides: Sequence[Override] = (),
+    skip: Sequence[str] = (),
+    quantize_head: bool = False,
 ) -> WrapReport:
     """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
 
     Args:
-        model: A causal language model; its output embeddings are never touched.
+        model: A causal language model; its output embeddings are touched only by `quantize_head`.
         quant: The grid.
         lora: Rank, scaling and the patterns of target modules.
         init: How scales and offsets start, see `l4q.init`.
@@ -75,37 +79,34 @@ def wrap_linears(
         start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
         storage: How the frozen weights are kept, see `l4q.base`.
         moments: Of each layer's inputs, from `l4q.calibrate.input_moments`, for init "calibrated".
+        overrides: Other grids for some modules; the first that matches a module holds.
+        skip: Patterns of modules that stay dense, whatever the other options say.
+        quantize_head: Quantize the output head too, which the target patterns do not reach.
 
     Raises:
         UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
             storage cannot hold a weight.
+        UnsupportedError: The head is to be quantized, and it is the embedding matrix or no linear layer.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    head = _output_head(model)
-    candidates = {name: module for name, module in linears.items() if module is not head}
-    targets = _match(candidates, lora.target_modules)
-    odd = [
-        name
-        for name in targets
-        if candidates[name].in_features % quant.resolve_group_size(candidates[name].in_features)
-    ]
+    chosen = choose_targets(model, quant, lora.target_modules, overrides=overrides, skip=skip, head=quantize_head)
+    odd = chosen.indivisible()
     if odd and not skip_indivisible:
-        raise _indivisible(odd, candidates, quant)
-    wrapped = [name for name in targets if name not in set(odd)]
+        raise indivisible(odd, chosen)
+    wrapped = [name for name in chosen.grids if name not in set(odd)]
     if not wrapped:
         raise UsageError(
-            "no linear layer is left to quantize", got=lora.target_modules, expected=sorted(candidates)[:8]
+            "no linear layer is left to quantize", got=lora.target_modules, expected=list(chosen.linears)[:8]
         )
+    linears = chosen.linears
     model.requires_grad_(False)
     dense = tuple(name for name in linears if name not in set(wrapped))
-    linears.clear()  # so that each dense weight that is packed is freed at once
     reproduced, notes = [], []
     for name in wrapped:
-        linear = candidates.pop(name)
-        own = adopt(name, cast(nn.Parameter, linear.weight), quant, start, storage)
+        linear, grid = linears.pop(name), chosen.grids[name]  # popped, so that a weight that is packed is freed at once
+        own = adopt(name, cast(nn.Parameter, linear.weight), grid, start, storage)
         layer = L4QLinear.from_linear(
             linear,
-            quant,
+            grid,
             lora,
             init=init,
             learning=learning,
@@ -130,8 +131,8 @@ def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
 
 
 def trained_grid(model: nn.Module) -> QuantConfig:
-    """The grid of the wrapped layers."""
-    return next(layer.quant for _, layer in l4q_layers(model))
+    """The grid of most wrapped layers."""
+    return Counter(layer.quant for _, layer in l4q_layers(model)).most_common(1)[0][0]
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def save_l4q(
     Args:
         model: A PreTrainedModel after `wrap_linears`.
         out: Folder to create.
-        quant: The grid it was wrapped with.
+        quant: The grid it was wrapped with, overrides aside: those are recorded module by module.
         side_files_from: Folder whose tokenizer, template and licence files are copied.
         overwrite: Replace an existing folder.
 
@@ -223,6 +224,7 @@ def save_l4q(
         weights=weights,
         dense=dense,
         quant=quant,
+        grids={name: layer.quant for name, layer in layers.items()},
         modules_to_not_convert=dense_modules,
         side_files=find_side_files(Path(side_files_from)) if side_files_from else (),
         overwrite=overwrite,
@@ -251,41 +253,3 @@ def _follow(model: nn.Module, *tensors: Iterator[Any]) -> None:
 
 def _is_part(name: str, layers: tuple[str, ...]) -> bool:
     return name.startswith(layers) and not name.endswith(".bias")
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head: nn.Module | None = getter() if getter else None
-    return head
-
-
-def _match(candidates: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> list[str]:
-    hits = {
-        pattern: {n for n in candidates if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
-        for pattern in patterns
-    }
-    unused = [pattern for pattern, names in hits.items() if not names]
-    if unused:
-        raise UsageError(
-            "a target pattern matches no linear layer",
-            where="target_modules",
-            got=unused,
-            expected=f"patterns such as *.q_proj; the model has {sorted({n.rpartition('.')[2] for n in candidates})}",
-        )
-    chosen = set().union(*hits.values())
-    return [name for name in candidates if name in chosen]
-
-
-def _indivisible(odd: list[str], candidates: Mapping[str, nn.Linear], quant: QuantConfig) -> UsageError:
-    sizes = sorted({candidates[name].in_features for name in odd})
-    fits = {size: [g for g in range(GROUP_MULTIPLE, size + 1, GROUP_MULTIPLE) if size % g == 0] for size in sizes}
-    shown = ", ".join(odd[:6]) + (f", … ({len(odd)} in all)" if len(odd) > 6 else "")
-    return UsageError(
-        "the group size does not divide in_features of some layers",
-        where=shown,
-        got=f"group_size {quant.group_size}, in_features {sizes}",
-        expected="; ".join(
-            f"in_features {size}: {groups or 'only -1 (one group per row)'}" for size, groups in fits.items()
-        ),
-        remedy="choose a group size that fits all, use -1, or leave these layers dense (--leave-dense)",
-    )

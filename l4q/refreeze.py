@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def refreeze(options: FreezeOptions) -> dict[str, Any]:
         start_quantization(model)
     model.to(torch.accelerator.current_accelerator() or "cpu")
     perplexities = evaluator.measure("trained", model)
-    losses = [] if target == trained else regrid_model(model, target)
+    same = all(target_grid(layer.quant, options) == layer.quant for _, layer in l4q_layers(model))
+    losses = [] if same else regrid_model(model, lambda grid: target_grid(grid, options))
     perplexities |= evaluator.measure("frozen", model)
     save_frozen(model, tokenizer, recorded, options.out, overwrite=options.overwrite)
     return {
@@ -181,15 +182,19 @@ def target_grid(trained: QuantConfig, options: FreezeOptions) -> QuantConfig:
 
 
 @torch.no_grad()
-def regrid_model(model: torch.nn.Module, target: QuantConfig) -> list[WeightLoss]:
+def regrid_model(model: torch.nn.Module, target: Callable[[QuantConfig], QuantConfig]) -> list[WeightLoss]:
     """Put every wrapped layer on another grid (snap and recode) and measure what that costs.
+
+    Args:
+        model: A wrapped model.
+        target: The new grid of a layer, from its present one.
 
     Returns:
         One entry per layer, and "overall" last.
     """
     total, losses = _Sums(), []
     for name, layer in l4q_layers(model):
-        sums = _regrid(layer, target)
+        sums = _regrid(layer, target(layer.quant))
         total.add(sums)
         losses.append(sums.loss(name))
     return [*losses, total.loss("overall")]

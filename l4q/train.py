@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,8 @@ from l4q.distributed import (
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
-from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
+from l4q.model import WrapReport, l4q_layers, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
+from l4q.rules import split_siblings
 from l4q.run_folder import RunFolder
 from l4q.sharding import hollow_model, reads_weights, shard_model
 from l4q.starts import open_start
@@ -198,9 +200,17 @@ def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = No
         start=start,
         storage=options.base_storage,
         moments=_moments(model, options, data),
+        overrides=options.overrides,
+        skip=options.skip,
+        quantize_head=options.quantize_head,
     )
     for line in report.describe_start():
         log.info("%s", line)
+    for grid, count in Counter(layer.quant for _, layer in l4q_layers(model)).items() if options.overrides else ():
+        log.info("%d layers: %s", count, ", ".join(f"{key} {value}" for key, value in grid.to_dict().items()))
+    sizes = {name: layer.quant.group_size for name, layer in l4q_layers(model)}
+    for layer in split_siblings({**dict.fromkeys(report.dense), **sizes}):
+        log.warning("%s: vLLM fuses these, so exports to gptq, awq and compressed-tensors will be refused", layer)
     return report
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig, check_init
 from l4q.errors import UsageError
+from l4q.rules import Override
 
 TrainDtype = Literal["float32", "bfloat16"]
 Amp = Literal["none", "bfloat16"]
@@ -82,6 +83,12 @@ class TrainOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimOptions = field(default_factory=OptimOptions)
     evaluation: EvalOptions = field(default_factory=EvalOptions)
+    overrides: tuple[Override, ...] = ()
+    """Other grids for the modules that a pattern matches; of several the first holds."""
+    skip: tuple[str, ...] = ()
+    """Patterns of target modules that stay dense."""
+    quantize_head: bool = False
+    """Quantize the output head too; refused where it is the embedding matrix."""
     init: Init = "l4q"
     """How scales and offsets start, see `l4q.init`."""
     calibration: int = 16
@@ -137,13 +144,14 @@ class TrainOptions:
         for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
-        check_init(self.init, self.quant)
         require(
             not (self.fsdp and self.init == "calibrated"),
             "init",
             "calibrated with fsdp",
             "another initialisation, as calibrating needs the whole model in every process",
         )
+        for grid in (self.quant, *(override.apply(self.quant) for override in self.overrides)):
+            check_init(self.init, grid)
         warmup, longest = self.lora_warmup_steps, float("inf") if self.steps is None else self.steps
         require(0 <= warmup < longest, "lora_warmup_steps", warmup, "at least 0 and fewer than the run's steps")
 
@@ -192,6 +200,8 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "out": Path,
     "text": lambda path: None if path is None else Path(path),
     "target_modules": tuple,
+    "skip": tuple,
+    "overrides": lambda overrides: tuple(Override(**override) for override in overrides),
 }
 _INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp")
 

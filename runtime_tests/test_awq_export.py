@@ -116,10 +116,9 @@ def test_dense_linears_are_named(tmp_path: Path) -> None:
         ({"zero_point": "integer"}, {}, {}, ""),
         ({"bits": 3}, {}, {}, ""),
         ({}, {}, {"dtype": "float32"}, "--dtype float16"),
-        ({}, {"dense_linears": ["q_proj"]}, {}, "partly quantized"),
         ({"group_size": -1}, {"intermediate_size": 264}, {}, "multiples of 32"),
     ],
-    ids=["asymmetric", "int3", "float32", "part of qkv", "odd size"],
+    ids=["asymmetric", "int3", "float32", "odd size"],
 )
 def test_plan_says_whether_vllm_loads_it(
     tmp_path: Path, grid: dict[str, Any], changes: dict[str, Any], options: dict[str, Any], expected: str

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from exporters import compressed_tensors as exporter
-from exporters.compressed_tensors.plan import module_nbytes
+from exporters.compressed_tensors.plan import module_nbytes, module_schemes
 from exporters.export import EXPORTERS
 from exporters.plan import ExportOptions, Fidelity
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
@@ -113,7 +113,9 @@ def test_plan_counts_the_bytes_that_are_written(tmp_path: Path, zero_point: Zero
     checkpoint = tiny_checkpoint(tmp_path, quant, intermediate_size=340)
     plan = write_export(checkpoint, NAME, tmp_path / "out")
     assert sum(tensor.nbytes for tensor in stored(tmp_path / "out").values()) == plan.nbytes
-    assert plan.quantized[0].nbytes == module_nbytes(checkpoint.info(plan.quantized[0].name), 4)
+    assert plan.quantized[0].nbytes == module_nbytes(
+        checkpoint.info(plan.quantized[0].name), 4, module_schemes(checkpoint)[plan.quantized[0].name]
+    )
     assert wrong_modules(checkpoint, NAME, tmp_path / "out") == []
 
 
@@ -138,10 +140,10 @@ def test_other_containers_are_refused(tmp_path: Path, name: str, bits: int) -> N
 
 
 def mixed_checkpoint(folder: Path) -> L4QCheckpoint:
-    """down_proj asymmetric in groups of 32, gate_proj in groups of 32, the rest symmetric in groups of 64."""
+    """down_proj asymmetric in groups of 32, gate and up in groups of 32, the rest symmetric in groups of 64."""
     source = tiny_checkpoint(folder, QuantConfig(), dense_linears=["o_proj"])
     weights = {module: source.quantized(module) for module in source.modules}
-    for leaf, zero_point in (("down_proj", "integer"), ("gate_proj", "none")):
+    for leaf, zero_point in (("down_proj", "integer"), ("gate_proj", "none"), ("up_proj", "none")):
         quant = QuantConfig(group_size=32, zero_point=zero_point)  # type: ignore[arg-type]
         for module in [name for name in weights if name.endswith(leaf)]:
             weights[module] = random_weight(weights[module].shape, quant, 1)
@@ -151,16 +153,14 @@ def mixed_checkpoint(folder: Path) -> L4QCheckpoint:
 
 
 def test_mixed_schemes_get_a_group_each(tmp_path: Path) -> None:
-    """Exact with several config groups; dense linears are ignored by name; fused members that differ are reported."""
+    """Exact with several config groups, which vLLM loads; dense linears are ignored by name."""
     checkpoint = mixed_checkpoint(tmp_path)
     plan = write_export(checkpoint, NAME, tmp_path / "out")
     assert wrong_modules(checkpoint, NAME, tmp_path / "out") == []
     found = section(tmp_path / "out")
     assert len(found["config_groups"]) == 3
     assert found["ignore"] == ["lm_head", *(f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1))]
-    loads, reason = support(plan, "vLLM")
-    assert not loads
-    assert "model.layers.0.mlp.gate_up_proj needs one scheme" in reason
+    assert support(plan, "vLLM") == (True, "")
 
 
 # q_proj has 24 rows, k_proj and v_proj 4 each: 32 together, as the kernel wants, but their zero-points share a word
@@ -180,12 +180,11 @@ FOUR_ROWS = {
         ({"zero_point": "integer"}, {}, {}, ""),
         ({"bits": 3, "zero_point": "integer"}, {}, {}, ""),
         ({}, {}, {"dtype": "float32"}, "--dtype float16"),
-        ({}, {"dense_linears": ["q_proj"]}, {}, "partly quantized"),
         ({"group_size": -1}, {"intermediate_size": 264}, {}, "multiples of 32"),
         ({"group_size": -1, "zero_point": "integer"}, {"intermediate_size": 272}, {}, "multiples of 32"),
         ({"group_size": -1, "zero_point": "integer"}, FOUR_ROWS, {}, "members with [4, 24, 4] rows do not fill words"),
     ],
-    ids=["symmetric", "asymmetric", "int3", "float32", "part of qkv", "odd size", "odd rows", "members of 4 rows"],
+    ids=["symmetric", "asymmetric", "int3", "float32", "odd size", "odd rows", "members of 4 rows"],
 )
 def test_plan_says_whether_vllm_loads_it(
     tmp_path: Path, grid: dict[str, Any], changes: dict[str, Any], options: dict[str, Any], expected: str

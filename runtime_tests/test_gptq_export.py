@@ -19,7 +19,7 @@ from exporters.plan import ExportOptions, ExportPlan, Fidelity
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UnsupportedError, UsageError, VerificationError
-from runtime_tests.tiny_llama import export_gptq, random_weight, tiny_checkpoint
+from runtime_tests.tiny_llama import export_gptq, tiny_checkpoint
 
 
 def wrong_modules(checkpoint: L4QCheckpoint, folder: Path) -> list[str]:
@@ -204,10 +204,9 @@ def support(plan: ExportPlan, runtime: str) -> tuple[bool, str]:
         ({}, {}, (True, "")),
         ({"zero_point": "integer"}, {}, (False, "compressed-tensors")),
         ({"group_size": 256}, {"hidden_size": 256, "num_attention_heads": 8}, (False, "group sizes")),
-        ({"group_size": 64}, {"dense_linears": ["q_proj"]}, (False, "partly")),
         ({"group_size": -1}, {"intermediate_size": 264}, (False, "multiples")),
     ],
-    ids=["symmetric", "asymmetric", "group", "part of qkv", "odd size"],
+    ids=["symmetric", "asymmetric", "group", "odd size"],
 )
 def test_plan_says_whether_vllm_loads_it(
     tmp_path: Path, grid: dict[str, Any], changes: dict[str, Any], expected: tuple[bool, str]
@@ -246,23 +245,6 @@ def test_fewer_bits_are_held_exactly_by_four(tmp_path: Path, bits: int, zero_poi
     assert plan.quantized[0].encoding.startswith(f"int{bits} in 4-bit fields")
     assert plan.bits_per_weight > 4
     assert any(f"{bits}-bit codes are stored in 4-bit fields" in note for note in plan.notes)
-
-
-def test_mixed_group_sizes_are_listed(tmp_path: Path) -> None:
-    """A module off the common group size is named: the config has one field for all."""
-    checkpoint = tiny_checkpoint(tmp_path, QuantConfig(group_size=64))
-    weights = {module: checkpoint.quantized(module) for module in checkpoint.modules}
-    odd = "model.layers.1.mlp.up_proj"
-    weights[odd] = random_weight(weights[odd].shape, QuantConfig(group_size=32), 0)
-    save_checkpoint(
-        tmp_path / "mixed",
-        config=checkpoint.config,
-        weights=weights.items(),
-        dense=[(name, checkpoint.dense(name)) for name in checkpoint.dense_names],
-        quant=checkpoint.quant,
-    )
-    with pytest.raises(UnsupportedError, match=rf"where: {odd}: group 32 of 128\n"):
-        gptq.plan(L4QCheckpoint.open(tmp_path / "mixed"), ExportOptions())
 
 
 def test_sizes_that_do_not_fill_words_are_all_listed(tmp_path: Path) -> None:

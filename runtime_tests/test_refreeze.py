@@ -176,7 +176,7 @@ def test_weight_losses_are_relative_rms() -> None:
     for _, layer in l4q_layers(model):
         merged.append((layer.weight + layer.lora.scaling * layer.lora_B @ layer.lora_A).detach().ravel())  # type: ignore[operator]
         before.append(layer.quantized_weight().ravel())
-    losses = regrid_model(model, QuantConfig(bits=4, group_size=32, zero_point="integer"))
+    losses = regrid_model(model, lambda grid: QuantConfig(bits=4, group_size=32, zero_point="integer"))
     after = [layer.quantized_weight().ravel() for _, layer in l4q_layers(model)]
     pools = [*zip(merged, before, after, strict=True), tuple(torch.cat(part) for part in (merged, before, after))]
     assert [loss.name for loss in losses] == ["0", "1", "overall"]

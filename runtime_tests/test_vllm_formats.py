@@ -19,6 +19,7 @@ from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.config import QuantConfig
 from runtime_tests.compare import LogprobComparison
 from runtime_tests.engines.host import RemoteEngine
+from runtime_tests.mixed_models import MIXES, mixed_checkpoint
 from runtime_tests.thresholds import limits_for
 from runtime_tests.tiny_llama import random_weight, tiny_checkpoint
 
@@ -165,6 +166,26 @@ def test_several_schemes_and_dense_linears_in_one_model(served: Served, partly: 
     rows = served.rows("vllm", folder)
     assert '"CPUWNA16LinearKernel": 6' in str(served.info()["kernels"])
     assert failed(served.rows("torch", mixed.path), rows, "compressed-tensors") == []
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_modules_on_their_own_grids_and_a_quantized_head(served: Served, name: str) -> None:
+    """Mixed grids, skipped modules and lm_head: equal rows in every format that mixes so, within the oracle's bounds.
+
+    8 kernels: of 14 linears and the head, q, k, v and gate, up are one each, and one of those or o_proj is dense. The
+    twin: a head whose rows are turned by one is outside of the bounds.
+    """
+    mix = MIXES[name]
+    checkpoint = mixed_checkpoint(mix, served.base / name / "l4q")
+    expected = served.rows("torch", checkpoint.path)
+    rows = []
+    for format_name in mix.formats:
+        folder = export(checkpoint, format_name, served.base / name / format_name).folder
+        rows.append(served.rows("vllm", folder))
+        assert '"CPUWNA16LinearKernel": 8' in str(served.info()["kernels"])
+        assert failed(expected, rows[-1], format_name) == []
+    assert np.array_equal(rows[0].view(np.uint32), rows[1].view(np.uint32))
+    assert failed(np.roll(expected, 1, axis=1), rows[0], mix.formats[0])
 
 
 def test_the_rows_are_not_trivially_equal(served: Served) -> None:

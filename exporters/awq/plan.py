@@ -5,15 +5,20 @@ from __future__ import annotations
 from exporters.awq.pack import BITS, PER_WORD
 from exporters.container import container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
+    HEAD,
     VLLM_FAST_GROUPS,
     dense_notes,
+    group_sizes,
     listing,
+    padded_head,
     plan_dense,
     refuse_float,
     refuse_mixed_groups,
+    refuse_siblings,
     vllm_problems,
 )
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
+from exporters.tensor_parallel import split_notes
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 from l4q.errors import UnsupportedError
 
@@ -31,26 +36,27 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     refuse_float(checkpoint, LABEL)
     width = container_bits(checkpoint, options)
     refuse_mixed_groups(checkpoint, LABEL)
+    refuse_siblings(checkpoint, LABEL)
     _refuse_sizes(checkpoint)
-    group_size = checkpoint.quant.group_size
+    group_size = group_sizes(checkpoint)[0]
     quantized = [_plan_module(module, checkpoint.info(module), width) for module in checkpoint.modules]
     dense = plan_dense(checkpoint, options)
     notes = [*dense_notes(dense, options), *container_notes(checkpoint, width)]
     if group_size not in VLLM_FAST_GROUPS:
         notes.append(f"On a GPU vLLM's fastest kernels take group sizes {VLLM_FAST_GROUPS}; {group_size} runs slower.")
-    problem = vllm_problems(checkpoint, options)
-    fits = group_size in GPTQMODEL_GROUP_SIZES
-    through = (
-        "through gptqmodel, as its source says; not run by our tests"
-        if fits
-        else f"gptqmodel's AWQ takes group sizes {GPTQMODEL_GROUP_SIZES}"
-    )
+    problem = padded_head(checkpoint) or vllm_problems(checkpoint, options)
+    vllm = RuntimeSupport(runtime="vLLM", loads=not problem, reason=problem)
+    notes += split_notes(checkpoint, options, vllm, shares_row_scales=False)
+    obstacle = "" if group_size in GPTQMODEL_GROUP_SIZES else f"gptqmodel's AWQ takes groups of {GPTQMODEL_GROUP_SIZES}"
+    if HEAD in checkpoint.modules:
+        obstacle = "its AWQ loader keeps the output head dense"
+    through = obstacle or "through gptqmodel, as its source says; not run by our tests"
     return ExportPlan(
         format="awq",
         tensors=(*quantized, *dense),
         runtimes=(
-            RuntimeSupport(runtime="vLLM", loads=not problem, reason=problem),
-            RuntimeSupport(runtime="transformers", loads=fits, reason=through),
+            vllm,
+            RuntimeSupport(runtime="transformers", loads=not obstacle, reason=through),
         ),
         notes=tuple(notes),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.hf_folder import missing_judge, read_section
+from exporters.hf_plan import HEAD
 from l4q.errors import VerificationError
 from l4q.shards import ShardReader
 from l4q.weight import F32
@@ -40,6 +41,8 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
         # the converter knows no -1: one group per row is a group as long as the row
         group_size = shards.shape(module + PACKED)[0] if section["group_size"] == -1 else int(section["group_size"])
         converter = AutoAWQConverter.from_autoawq_config({**section, "group_size": group_size})
+        if section.get("lm_head"):  # the converter always keeps the head dense, and vLLM goes by this flag
+            converter.ignore = [pattern for pattern in converter.ignore if pattern != HEAD]
         scheme = converter.create_config().config_groups["config_group_0"]
         state = converter.process(_tensors(module, shards, group_size, zero_point=bool(section["zero_point"])))
         prefix = f"{module}."

@@ -11,7 +11,7 @@ import numpy as np
 from exporters.awq.pack import BITS, pack_awq
 from exporters.container import container_bits, widen
 from exporters.hf_folder import write_config, write_tensors
-from exporters.hf_plan import skipped_linears
+from exporters.hf_plan import HEAD, group_sizes, skipped_linears
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
 from l4q.shards import MAX_SHARD_BYTES
@@ -69,8 +69,9 @@ def quantization_config(checkpoint: L4QCheckpoint) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "bits": BITS,
-        "group_size": checkpoint.quant.group_size,
+        "group_size": group_sizes(checkpoint)[0],
         "zero_point": True,
         "version": "gemm",
+        "lm_head": HEAD in checkpoint.modules,
         "modules_to_not_convert": skipped or None,
     }

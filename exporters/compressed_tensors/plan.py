@@ -7,16 +7,19 @@ from typing import Any
 
 from exporters.container import container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
+    HEAD,
     VLLM_FAST_GROUPS,
     dense_notes,
     fused_members,
     listing,
     plan_dense,
     refuse_float,
+    refuse_siblings,
     skipped_linears,
     vllm_problems,
 )
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
+from exporters.tensor_parallel import split_notes
 from exporters.words import run_length
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 
@@ -54,8 +57,9 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         UnsupportedError: A module has float zero-points, or the container cannot be written.
     """
     refuse_float(checkpoint, LABEL)
-    width = container_bits(checkpoint, options)
-    quantized = [_plan_module(module, checkpoint.info(module), width) for module in checkpoint.modules]
+    refuse_siblings(checkpoint, LABEL)
+    width, found = container_bits(checkpoint, options), module_schemes(checkpoint)
+    quantized = [_plan_module(module, checkpoint.info(module), width, found[module]) for module in checkpoint.modules]
     dense = plan_dense(checkpoint, options)
     notes = [*dense_notes(dense, options), *container_notes(checkpoint, width)]
     slow = sorted({scheme.group_size for scheme in schemes(checkpoint)} - set(VLLM_FAST_GROUPS))
@@ -63,26 +67,34 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         notes.append(
             f"On a GPU vLLM's fastest kernels take group sizes {VLLM_FAST_GROUPS}; {slow} runs on slower ones."
         )
+    vllm = _vllm(checkpoint, options)
+    notes += split_notes(checkpoint, options, vllm, shares_row_scales=True)
     return ExportPlan(
         format="compressed-tensors",
         tensors=(*quantized, *dense),
-        runtimes=(_vllm(checkpoint, options), RuntimeSupport(runtime="transformers", loads=True, reason=_TRANSFORMERS)),
+        runtimes=(vllm, RuntimeSupport(runtime="transformers", loads=True, reason=_TRANSFORMERS)),
         notes=tuple(notes),
     )
 
 
-def scheme_of(checkpoint: L4QCheckpoint, module: str) -> Scheme:
-    """The scheme of one module."""
-    info = checkpoint.info(module)
-    per_row = checkpoint.quant.group_size == -1 and info.groups == 1
-    return Scheme(-1 if per_row else info.group_size, info.zero_point == "none")
+def module_schemes(checkpoint: L4QCheckpoint) -> dict[str, Scheme]:
+    """The scheme of every module, in model order.
+
+    Members of a layer that vLLM fuses share one: if one of them has zero-points, the others store their midpoint.
+    """
+    found: dict[str, Scheme] = {}
+    for members in fused_members(checkpoint).values():
+        infos = [checkpoint.info(member) for member in members]
+        symmetric = all(info.zero_point == "none" for info in infos)
+        found |= {m: Scheme(info.stated_group_size, symmetric) for m, info in zip(members, infos, strict=True)}
+    return {module: found[module] for module in checkpoint.modules}
 
 
 def schemes(checkpoint: L4QCheckpoint) -> dict[Scheme, list[str]]:
     """Modules by scheme, in model order."""
     found: dict[Scheme, list[str]] = {}
-    for module in checkpoint.modules:
-        found.setdefault(scheme_of(checkpoint, module), []).append(module)
+    for module, scheme in module_schemes(checkpoint).items():
+        found.setdefault(scheme, []).append(module)
     return found
 
 
@@ -92,41 +104,42 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
     One scheme targets all linears; several name their modules. `ignore` holds what stays dense, by exact names.
     """
     width, found = container_bits(checkpoint, options), schemes(checkpoint)
+    head = [HEAD] if HEAD in checkpoint.modules else []
+    everything = ["Linear", *head]  # vLLM's class of the head is no Linear, so it goes by name
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if len(found) == 1 else modules,
+            "targets": everything if len(found) == 1 else modules,
             "weights": scheme.to_dict(width),
             "input_activations": None,
             "output_activations": None,
         }
         for number, (scheme, modules) in enumerate(found.items())
     }
-    head = [] if "lm_head" in checkpoint.modules else ["lm_head"]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*head, *skipped_linears(checkpoint)],
+        "ignore": [*([] if head else [HEAD]), *skipped_linears(checkpoint)],
     }
 
 
-def module_nbytes(info: WeightInfo, width: int) -> int:
+def module_nbytes(info: WeightInfo, width: int, scheme: Scheme) -> int:
     """Bytes of the three or four tensors of one linear."""
     per_run, words = run_length(width)
     packed = info.out_features * -(-info.in_features // per_run) * words * 4
-    zeros = 0 if info.zero_point == "none" else -(-info.out_features // per_run) * words * 4 * info.groups
+    zeros = 0 if scheme.symmetric else -(-info.out_features // per_run) * words * 4 * info.groups
     return packed + zeros + 2 * info.out_features * info.groups + SHAPE_BYTES
 
 
-def _plan_module(module: str, info: WeightInfo, width: int) -> PlannedTensor:
-    zeros = "" if info.zero_point == "none" else ",weight_zero_point"
+def _plan_module(module: str, info: WeightInfo, width: int, scheme: Scheme) -> PlannedTensor:
+    zeros = "" if scheme.symmetric else ",weight_zero_point"
     return PlannedTensor(
         name=module,
         target=f"{module}.{{weight_packed,weight_scale,weight_shape{zeros}}}",
         encoding=f"{describe(info.bits, width)} group {info.group_size}, {'asymmetric' if zeros else 'symmetric'}",
         shape=(info.out_features, info.in_features),
-        nbytes=module_nbytes(info, width),
+        nbytes=module_nbytes(info, width, scheme),
         fidelity=Fidelity.EXACT,
         reason=why_exact(info.bits, width),
         quantized=True,
@@ -139,14 +152,11 @@ def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions) -> RuntimeSupport:
 
 
 def _uneven(checkpoint: L4QCheckpoint) -> list[str]:
-    """Fused layers whose members differ in scheme, or whose zero-points do not fill whole words per member."""
+    """Fused layers whose zero-points do not fill whole words per member."""
     per_run, _ = run_length(4)
-    problems = []
+    problems, found = [], module_schemes(checkpoint)
     for layer, members in fused_members(checkpoint).items():
-        found = {scheme_of(checkpoint, member) for member in members}
         rows = [checkpoint.info(member).out_features for member in members]
-        if len(found) > 1:
-            problems.append(f"{layer} needs one scheme for {len(members)} members, these have {len(found)}")
-        elif not found.pop().symmetric and any(count % per_run for count in rows):
+        if not found[members[0]].symmetric and any(count % per_run for count in rows):
             problems.append(f"{layer}: zero-points of members with {rows} rows do not fill words of {per_run}")
     return problems

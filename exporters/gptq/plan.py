@@ -6,16 +6,20 @@ from collections.abc import Iterable
 
 from exporters.container import container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
+    HEAD,
     VLLM_FAST_GROUPS,
     dense_notes,
+    group_sizes,
     is_symmetric,
     listing,
+    padded_head,
     plan_dense,
     refuse_float,
-    refuse_mixed_groups,
+    refuse_siblings,
     vllm_problems,
 )
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
+from exporters.tensor_parallel import split_notes
 from exporters.words import WORD_BITS, run_length
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 from l4q.errors import UnsupportedError
@@ -33,17 +37,19 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     """
     refuse_float(checkpoint, LABEL)
     width = container_bits(checkpoint, options)
-    refuse_mixed_groups(checkpoint, LABEL)
+    refuse_siblings(checkpoint, LABEL)
     _refuse_sizes(checkpoint, width)
     quantized = [_plan_module(module, checkpoint.info(module), width, options) for module in checkpoint.modules]
     dense = plan_dense(checkpoint, options)
     notes = [*dense_notes(dense, options), *container_notes(checkpoint, width)]
     if not is_symmetric(checkpoint):
-        notes.append("Load it with GPTQModel or transformers: sym is false, which vLLM's GPTQ loader refuses.")
+        notes.append("sym is false, which vLLM's GPTQ loader refuses; GPTQModel takes it.")
+    vllm = _vllm(checkpoint, options)
+    notes += split_notes(checkpoint, options, vllm, shares_row_scales=True)
     return ExportPlan(
         format="gptq",
         tensors=(*quantized, *dense),
-        runtimes=(_vllm(checkpoint, options), *_gptqmodel(checkpoint.quant.group_size)),
+        runtimes=(vllm, *_gptqmodel(checkpoint)),
         notes=tuple(notes),
     )
 
@@ -88,15 +94,20 @@ def _refuse_sizes(checkpoint: L4QCheckpoint, width: int) -> None:
 def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions) -> RuntimeSupport:
     if not is_symmetric(checkpoint):
         reason = "vLLM refuses GPTQ with sym: false; compressed-tensors holds integer zero-points exactly for it"
-    elif checkpoint.quant.group_size not in VLLM_FAST_GROUPS:
-        reason = f"vLLM's GPTQ takes group sizes {VLLM_FAST_GROUPS}, this is {checkpoint.quant.group_size}"
+    elif slow := [size for size in group_sizes(checkpoint) if size not in VLLM_FAST_GROUPS]:
+        reason = f"vLLM's GPTQ takes group sizes {VLLM_FAST_GROUPS}, this has {listing(map(str, slow))}"
     else:
-        reason = vllm_problems(checkpoint, options)
+        reason = padded_head(checkpoint) or vllm_problems(checkpoint, options)
     return RuntimeSupport(runtime="vLLM", loads=not reason, reason=reason)
 
 
-def _gptqmodel(group_size: int) -> Iterable[RuntimeSupport]:
-    fits = group_size in GPTQMODEL_GROUP_SIZES
-    reason = "" if fits else f"its kernels take group sizes {GPTQMODEL_GROUP_SIZES}, this is {group_size}"
-    yield RuntimeSupport(runtime="GPTQModel", loads=fits, reason=reason)
-    yield RuntimeSupport(runtime="transformers", loads=fits, reason=reason or "through optimum and gptqmodel")
+def _gptqmodel(checkpoint: L4QCheckpoint) -> Iterable[RuntimeSupport]:
+    odd = [size for size in group_sizes(checkpoint) if size not in GPTQMODEL_GROUP_SIZES]
+    reason = f"its kernels take group sizes {GPTQMODEL_GROUP_SIZES}, this has {listing(map(str, odd))}" if odd else ""
+    yield RuntimeSupport(runtime="GPTQModel", loads=not reason, reason=reason)
+    # optimum, gptq/quantizer.py (at 0541873): one group size for all layers, linears of the blocks only
+    if len(group_sizes(checkpoint)) > 1:
+        reason = reason or "optimum reads no dynamic rules, so it takes one group size"
+    if HEAD in checkpoint.modules:
+        reason = reason or "optimum replaces linears of the blocks only, not the output head"
+    yield RuntimeSupport(runtime="transformers", loads=not reason, reason=reason or "through optimum and gptqmodel")

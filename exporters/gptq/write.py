@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ import numpy as np
 
 from exporters.container import container_bits, widen
 from exporters.files import write_json
+from exporters.gptq.dynamic import dynamic_rules, stated_group_size
 from exporters.gptq.pack import ZERO_OFFSET, encode_zeros
 from exporters.hf_folder import missing_judge, read_section, write_config, write_tensors
-from exporters.hf_plan import is_symmetric, skipped_linears
+from exporters.hf_plan import HEAD, group_sizes, is_symmetric
 from exporters.plan import ExportOptions, ExportPlan
 from exporters.words import pack_cols, pack_rows
 from l4q import __version__
@@ -83,18 +83,16 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
     section: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": container_bits(checkpoint, options),
-        "group_size": checkpoint.quant.group_size,
+        "group_size": group_sizes(checkpoint)[0],
         "desc_act": False,
         "sym": symmetric,
-        "lm_head": "lm_head" in checkpoint.modules,
+        "lm_head": HEAD in checkpoint.modules,
         "checkpoint_format": options.gptq_format,
         "pack_dtype": "int32",
         "meta": {"quantizer": producers},
     }
-    skipped = skipped_linears(checkpoint)
-    if skipped:
-        section["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}
-    return section
+    rules = dynamic_rules(checkpoint)
+    return {**section, "dynamic": rules} if rules else section
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
@@ -120,7 +118,10 @@ def _decode(module: str, shards: ShardReader, section: dict[str, Any]) -> F32:
     qweight, qzeros, scales, g_idx = (shards.tensor(f"{module}.{suffix}") for suffix in SUFFIXES)
     bits, columns = int(section["bits"]), int(scales.shape[1])
     rows = qweight.shape[0] * 32 // bits
-    group_size = rows if section["group_size"] == -1 else int(section["group_size"])
+    stated = stated_group_size(module, section)
+    if stated is None:
+        raise VerificationError("the config's dynamic rules say that a quantized module is dense", where=module)
+    group_size = rows if stated == -1 else stated
     shapes = {"scales": (rows // group_size, columns), "qzeros": (rows // group_size, columns * bits // 32)}
     found = {"scales": tuple(scales.shape), "qzeros": tuple(qzeros.shape)}
     if found != shapes:

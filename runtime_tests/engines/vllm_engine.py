@@ -29,9 +29,13 @@ class Engine:
         model: Folder with config.json and weights; no tokenizer is needed.
         dtype: Activation dtype; vLLM's int4 kernels take float16 and bfloat16.
         max_model_len: Longest prompt plus answer in tokens; a prompt is always one prefill step.
+        tensor_parallel: Ranks the model is split over, each a process of its own. With more than one the rows are those
+            that vLLM reports, which is slow, because nothing can be wrapped in other processes.
     """
 
-    def __init__(self, model: str, *, dtype: str = "float16", max_model_len: int = 1024) -> None:
+    def __init__(
+        self, model: str, *, dtype: str = "float16", max_model_len: int = 1024, tensor_parallel: int = 1
+    ) -> None:
         from vllm import LLM
 
         self._llm = LLM(
@@ -44,13 +48,17 @@ class Engine:
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             seed=0,
+            tensor_parallel_size=tensor_parallel,
+            max_logprobs=-1,
         )
+        self._ranks = tensor_parallel
         self._stop_ids = stop_ids(Path(model))
         self._requests = itertools.count()
         self._capturing = False
         self._captured: list[torch.Tensor] = []
         self._kernels: dict[str, int] = {}
-        self._llm.apply_model(self._attach)
+        if tensor_parallel == 1:
+            self._llm.apply_model(self._attach)
         self._deviation = 0.0
 
     def prompt_logprobs(self, token_ids: list[int]) -> np.ndarray:
@@ -61,6 +69,11 @@ class Engine:
         """
         from vllm import SamplingParams
 
+        if self._ranks > 1:
+            everything = SamplingParams(
+                temperature=0.0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, detokenize=False
+            )
+            return reported_rows(self._run(token_ids, everything)[0])
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         self._captured.clear()
         self._capturing = True
@@ -96,6 +109,7 @@ class Engine:
             "quantization": str(config.quantization),
             "kernels": json.dumps(self._kernels, sort_keys=True),
             "capture_deviation": self._deviation,
+            "tensor_parallel": self._ranks,
         }
 
     def close(self) -> None:
@@ -151,6 +165,12 @@ def join_captured(captured: list[torch.Tensor], tokens: int) -> np.ndarray:
             f"vLLM computed logits in calls of {shapes}, expected the last of {tokens} rows, then the rest"
         )
     return torch.log_softmax(torch.cat([*captured[1:], captured[0]]), dim=-1).numpy()
+
+
+def reported_rows(output: Any) -> np.ndarray:
+    """float32 [tokens, vocab] from a request that asked for the log-probabilities of the whole vocabulary."""
+    rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+    return np.array([[row[token].logprob for token in range(len(row))] for row in rows], dtype=np.float32)
 
 
 def check_reported(rows: np.ndarray, token_ids: list[int], reported: list[float]) -> float:
