@@ -10,6 +10,7 @@ from l4q.errors import UsageError
 
 ZeroPoint = Literal["none", "integer", "float"]
 ScaleGrid = Literal["fp16", "fp16_s7"]
+KernelChoice = Literal["auto", "eager", "numba", "triton"]
 Init = Literal["l4q", "lsq+", "symm", "asymm"]
 GradientScale = Literal["none", "lsq"]
 BaseStorage = Literal["dense", "int8", "int4", "start"]
