@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from l4q.checkpoint import save_checkpoint
-from l4q.config import GROUP_MULTIPLE, BaseStorage, GridLearning, Init, LoraConfig, QuantConfig
+from l4q.config import GROUP_MULTIPLE, BaseStorage, GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
@@ -61,6 +61,7 @@ def wrap_linears(
     skip_indivisible: bool = False,
     start: PretrainedStart | None = None,
     storage: BaseStorage = "dense",
+    kernels: KernelChoice = "auto",
 ) -> WrapReport:
     """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
 
@@ -73,6 +74,7 @@ def wrap_linears(
         skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
         start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
         storage: How the frozen weights are kept, see `l4q.base`.
+        kernels: How the layers compute, see `l4q.kernels`; "auto" is the fastest that reproduces torch on the device.
 
     Raises:
         UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
@@ -102,7 +104,7 @@ def wrap_linears(
         linear = candidates.pop(name)
         own = adopt(name, cast(nn.Parameter, linear.weight), quant, start, storage)
         layer = L4QLinear.from_linear(
-            linear, quant, lora, init=init, learning=learning, base=own.base, qparams=own.qparams
+            linear, quant, lora, init=init, learning=learning, base=own.base, qparams=own.qparams, kernels=kernels
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)

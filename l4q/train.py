@@ -20,6 +20,7 @@ from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
+from l4q.kernels.select import kernels_for
 from l4q.model import WrapReport, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
 from l4q.run_folder import RunFolder
 from l4q.sharding import hollow_model, reads_weights, shard_model
@@ -70,6 +71,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     args = training_arguments(options)
     device = args.device  # joins the other processes, if there are any
     quiet_others()
+    kernels_for(options.kernels, device.type)  # refuses what cannot run there
     run = RunFolder(options.out)
     decide(lambda: run.claim(options))
     model, tokenizer = load_model(options)
@@ -180,6 +182,7 @@ def wrap_model(model: Any, options: TrainOptions) -> WrapReport:
         skip_indivisible=options.leave_dense,
         start=start,
         storage=options.base_storage,
+        kernels=options.kernels,
     )
     for line in report.describe_start():
         log.info("%s", line)
