@@ -19,7 +19,7 @@ from l4q.config import GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.errors import UsageError
 from l4q.init import Start, init_qparams
 from l4q.kernels.problem import Kernels, Problem
-from l4q.kernels.select import EAGER, kernels_for
+from l4q.kernels.select import EAGER, kernels_for, require_kernels
 from l4q.quant import (
     GridParams,
     LoraUpdate,
@@ -90,6 +90,9 @@ class L4QLinear(nn.Module):
         learning: What of the grid trains.
         qparams: s and b of a pre-quantized start, used instead of `init`; also a LoRA warm-up leaves them.
         kernels: How W_q and its gradients are computed, see `l4q.kernels`; the weights are the same bits either way.
+
+    Raises:
+        UsageError: The kernels' compiler is not installed.
     """
 
     quantizing: bool
@@ -110,6 +113,7 @@ class L4QLinear(nn.Module):
         super().__init__()
         self.quant, self.lora, self.init, self.learning = quant, lora, init, learning or GridLearning()
         self.quantizing = True
+        require_kernels(kernels)
         self.kernels = kernels
         self.out_features, self.in_features = weight.shape
         self.gradient_factor = self.learning.gradient_factor(quant, self.in_features)

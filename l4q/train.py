@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from l4q.data import TrainingData, load_training_data, make_collator, padding_id
-from l4q.distributed import decide, fsdp_requested, is_sharded, on_cpu_processes, quiet_others, reshard
+from l4q.distributed import decide, fsdp_requested, on_cpu_processes, quiet_others, reshard
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
@@ -258,7 +258,7 @@ def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *,
     """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
 
     Args:
-        model: The wrapped model; it is moved to the CPU, if it is not sharded.
+        model: The wrapped model, on the device it was trained on: another one may round B @ A to other bits.
         tokenizer: Of the base model.
         options: Of the run.
         out: Folder to create.
@@ -267,8 +267,6 @@ def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *,
     Raises:
         UsageError: The folder exists, or scales are not finite.
     """
-    if not is_sharded(model):
-        model.to("cpu")
     with TemporaryDirectory() as scratch:
         folder = Path(options.model)
         if not folder.is_dir():  # a hub id or a GGUF file: tokenizer and generation settings come from what was loaded

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from functools import cache
+from typing import get_args
 
 import torch
 
@@ -34,23 +35,24 @@ def kernels_for(choice: KernelChoice, device: str, dtype: torch.dtype = torch.fl
         dtype: What the layer computes its weights in; compiled kernels know float32 alone.
 
     Raises:
-        UsageError: The chosen kernels' compiler is not installed.
+        UsageError: There are no such kernels, or their compiler is not installed.
         UnsupportedError: They do not run on this device or in this dtype.
         VerificationError: They do not reproduce the oracle here.
     """
     if choice == "eager":
         return EAGER
     if choice == "auto":
-        name = BY_DEVICE.get(device, "eager")
-        if name == "eager" or dtype != torch.float32 or not installed(name):
-            return EAGER
-        found = load(name)
-        odd = difference(found, device)
-        if odd is not None:
-            log.warning("the %s kernels are not used, because on this machine %s", name, odd)
-            return EAGER
-        return found
-    _require(choice, device, dtype)
+        return _fastest(device, dtype)
+    require_kernels(choice)
+    runs_on = {"numba": ("cpu",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}[choice]
+    if device not in runs_on or dtype != torch.float32:
+        raise UnsupportedError(
+            "the kernels do not run there",
+            where="kernels",
+            got=f"{choice} for {dtype} on {device}",
+            expected=f"float32 on {' or '.join(runs_on)}",
+            remedy="use --kernels auto",
+        )
     found = load(choice)
     odd = difference(found, device)
     if odd is not None:
@@ -62,6 +64,18 @@ def kernels_for(choice: KernelChoice, device: str, dtype: torch.dtype = torch.fl
             remedy="use --kernels eager, and report the versions of torch and the compiler",
         )
     return found
+
+
+def _fastest(device: str, dtype: torch.dtype) -> Kernels:
+    name = BY_DEVICE.get(device, "eager")
+    if name == "eager" or dtype != torch.float32 or not installed(name):
+        return EAGER
+    found = load(name)
+    odd = difference(found, device)
+    if odd is None:
+        return found
+    log.warning("the %s kernels are not used, because on this machine %s", name, odd)
+    return EAGER
 
 
 def installed(name: str) -> bool:
@@ -80,23 +94,24 @@ def load(name: str) -> Kernels:
     return FusedKernels(TritonPasses())
 
 
-def _require(name: KernelChoice, device: str, dtype: torch.dtype) -> None:
-    if not installed(name):
+@cache
+def require_kernels(choice: KernelChoice) -> None:
+    """Refuse kernels that do not exist or whose compiler is missing.
+
+    Raises:
+        UsageError: See above.
+    """
+    if choice not in get_args(KernelChoice):
+        raise UsageError(
+            "unknown kernels", where="kernels", got=repr(choice), expected=f"one of {get_args(KernelChoice)}"
+        )
+    if choice in EXTRAS and not installed(choice):
         raise UsageError(
             "the kernels need a package that is not installed",
             where="kernels",
-            got=name,
-            expected=f"the package {name}",
-            remedy=f"pip install 'l4q[{EXTRAS[name]}]', or use --kernels auto",
-        )
-    runs_on = {"numba": ("cpu",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}[name]
-    if device not in runs_on or dtype != torch.float32:
-        raise UnsupportedError(
-            "the kernels do not run there",
-            where="kernels",
-            got=f"{name} for {dtype} on {device}",
-            expected=f"float32 on {' or '.join(runs_on)}",
-            remedy="use --kernels auto",
+            got=choice,
+            expected=f"the package {choice}",
+            remedy=f"pip install 'l4q[{EXTRAS[choice]}]', or use --kernels auto",
         )
 
 

@@ -54,7 +54,10 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 def example(
     quant: QuantConfig, dtype: torch.dtype, device: str = "cpu", *, shape: tuple[int, int] = (70, 96), tokens: int = 9
 ) -> tuple[Problem, torch.Tensor, torch.Tensor]:
-    """A layer off its start, about a tenth of its weights clipped, with activations and dL/dy; always the same one.
+    """A layer off its start, many of its weights clipped, with activations and dL/dy; always the same one.
+
+    In every other row W lies on the borders between two codes, or next to them, where anything but an IEEE division and
+    rounding half to even gives another code now and then.
 
     Args:
         quant: The grid.
@@ -71,9 +74,17 @@ def example(
     weight = 0.05 * normal(*shape)
     scales = init_qparams(weight, quant).scales
     params = grid_params(0.6 * scales, 0.5 * scales * normal(*scales.shape), quant)
+    lora_b = 0.02 * normal(shape[0], 5)
+    lora_b[1::2] = 0
+    position = (
+        normal(shape[0], scales.shape[1], shape[1] // scales.shape[1]).mul_(quant.max_code / 2).round_().add_(0.5)
+    )
+    border = (position * params.scales.unsqueeze(-1) + params.mins.unsqueeze(-1)).view(shape)
+    weight[1::2] = border[1::2]
+    weight[3::4] = torch.nextafter(border, normal(*shape))[3::4]
     problem = Problem(
         weight=weight.to(device, dtype),
-        update=LoraUpdate(0.1 * normal(5, shape[1]).to(device), 0.02 * normal(shape[0], 5).to(device), 2.0),
+        update=LoraUpdate(0.1 * normal(5, shape[1]).to(device), lora_b.to(device), 2.0),
         params=GridParams(*(values.to(device) for values in params)),
         max_code=quant.max_code,
     )
