@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 from l4q.base import PackedBase
-from l4q.cli_train import command as train_command
 from l4q.config import LoraConfig, QuantConfig
-from l4q.errors import UnsupportedError, UsageError, VerificationError
-from l4q.kernels import select
 from l4q.kernels.fused import FusedKernels, merged_runs
 from l4q.kernels.numba_kernels import NumbaPasses
-from l4q.kernels.select import EAGER, kernels_for
+from l4q.kernels.select import EAGER
 from l4q.kernels.verify import compare, example, same_bits
 from l4q.linear import L4QLinear
-from l4q.model import wrap_linears
 from l4q.quant import GridParams, merge_lora, row_blocks
-from runtime_tests.kernel_runs import changed_codes, few_steps
-from runtime_tests.train_runs import base_options
-from tools.bench_kernels import command as bench_command
+from runtime_tests.kernel_runs import Broken, changed_codes, few_steps
 
 NUMBA = FusedKernels(NumbaPasses())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (out, in), group size: several cache blocks, odd rows, one group a row of odd length, one row
 SHAPES = (((300, 480), 32), ((37, 96), 96), ((19, 341), -1), ((1, 64), 64))
-
-
-class Broken(NumbaPasses):
-    """Passes with one defect, of the kind that looks right at a glance."""
-
-    def __init__(self, defect: str) -> None:
-        self.defect = defect
-
-    def quantize(self, merged: torch.Tensor, params: GridParams, max_code: int, out: torch.Tensor) -> None:
-        """W_q with the defect."""
-        if self.defect == "reciprocal":  # what a compiler makes of a division with fast-math
-            inverse = 1 / params.scales.unsqueeze(-1)
-            position = (merged.view(*params.scales.shape, -1) - params.mins.unsqueeze(-1)) * inverse
-            codes = position.clamp(0, max_code).round()
-            out.copy_((codes * params.scales.unsqueeze(-1) + params.mins.unsqueeze(-1)).view_as(out))
-            return
-        super().quantize(merged, params, max_code - (self.defect == "clamp"), out)
-
-    def differentiate(
-        self, merged: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients with the defect."""
-        grad_s, grad_m = super().differentiate(merged, params, max_code, grad_w, out)
-        if self.defect == "mask":  # the straight-through mask forgotten
-            merged.copy_(grad_w)
-        if self.defect == "group":  # one group's sum lost
-            grad_m[3, 1] = 0
-        return grad_s, grad_m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,81 +163,3 @@ def test_training_ends_on_the_same_integers(glassllm_dir: Path, tmp_path: Path) 
     assert ours["final_loss"] == pytest.approx(eager["final_loss"], rel=1e-4)
     assert changed_codes(eager, ours) <= 1e-3
     assert changed_codes(eager, other) > 1e-2  # the twin: another seed changes many
-
-
-# --- the choice -------------------------------------------------------------------------------------------------------
-
-
-def forget() -> None:
-    """Drop the remembered choices."""
-    kernels_for.cache_clear()
-    select.require_kernels.cache_clear()
-
-
-@pytest.fixture
-def fresh_choice() -> Iterator[None]:
-    """No remembered choice, before and after."""
-    forget()
-    yield
-    forget()
-
-
-def test_auto_takes_the_fastest() -> None:
-    """float32 on a CPU is Numba's; other dtypes and devices, and a compiled model, are left to torch."""
-    assert kernels_for("auto", "cpu").name == "numba"
-    assert kernels_for("auto", "cpu", torch.float64).name == "eager"
-    assert kernels_for("auto", "meta").name == "eager"
-    layer = L4QLinear.from_linear(nn.Linear(64, 32), QuantConfig(), LoraConfig(rank=2))
-    x = torch.randn(3, 64)
-    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
-
-
-@pytest.mark.usefixtures("fresh_choice")
-def test_wrong_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Kernels that differ from torch on this machine: auto warns and goes on without them, a choice of them stops."""
-    monkeypatch.setattr(select, "load", lambda _name: FusedKernels(Broken("mask")))
-    with caplog.at_level(logging.WARNING, logger="l4q"):
-        assert kernels_for("auto", "cpu").name == "eager"
-    assert "the numba kernels are not used, because on this machine the gradient of a is off" in caplog.text
-    with pytest.raises(VerificationError, match="do not reproduce torch"):
-        kernels_for("numba", "cpu")
-
-
-@pytest.mark.usefixtures("fresh_choice")
-def test_refused_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that do not exist, are not installed, or do not run on the device are refused with the way out."""
-    with pytest.raises(UnsupportedError, match="float32 on cpu"):
-        kernels_for("numba", "cuda")
-    with pytest.raises(UnsupportedError, match="float64 on cpu"):
-        kernels_for("numba", "cpu", torch.float64)
-    with pytest.raises(UsageError, match=r"one of .*eager.*numba"):
-        wrap_linears(nn.Sequential(nn.Linear(64, 64)), QuantConfig(), LoraConfig(), kernels="fast")  # type: ignore[arg-type]
-    forget()
-    monkeypatch.setattr(select, "installed", lambda _name: False)
-    assert kernels_for("auto", "cpu").name == "eager"
-    with pytest.raises(UsageError, match=r"pip install 'l4q\[cuda\]'"):
-        L4QLinear.from_linear(nn.Linear(64, 32), QuantConfig(), LoraConfig(), kernels="triton")
-
-
-def test_kernels_option(glassllm_dir: Path, tmp_path: Path) -> None:
-    """--kernels reaches the options, is refused where unknown, and does not decide whether a run can be resumed."""
-    options = base_options(glassllm_dir, tmp_path)
-    assert options.kernels == "auto"
-    assert replace(options, kernels="eager").identity() == options.identity()
-    with pytest.raises(UsageError, match="kernels"):
-        replace(options, kernels="fast")  # type: ignore[arg-type]
-    arguments = [str(glassllm_dir), "--data", str(options.data[0]), "--out", str(tmp_path / "run"), "--kernels"]
-    assert train_command.make_context("train", [*arguments, "numba"]).params["kernels"] == "numba"
-    refused = CliRunner().invoke(train_command, [*arguments, "fast"])
-    assert refused.exit_code == 2
-    assert "'fast' is not one of 'auto', 'eager', 'numba', 'triton'" in refused.output
-
-
-def test_the_benchmark_checks_and_measures() -> None:
-    """tools.bench_kernels ends with the ratios of eager and Numba kernels, all positive."""
-    done = CliRunner().invoke(bench_command, ["--device", "cpu", "--tokens", "8", "--repeats", "1"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"eager", "numba"}
-    assert set(found["eager"].values()) > {1.0}
-    assert all(value > 0 for ratios in found.values() for value in ratios.values())
