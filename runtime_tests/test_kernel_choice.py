@@ -15,15 +15,19 @@ from torch import nn
 
 from l4q.cli_train import command as train_command
 from l4q.config import LoraConfig, QuantConfig
-from l4q.errors import UnsupportedError, UsageError, VerificationError
+from l4q.errors import L4QError, UnsupportedError, UsageError, VerificationError
 from l4q.kernels import select
 from l4q.kernels.fused import FusedKernels
 from l4q.kernels.select import kernels_for
 from l4q.linear import L4QLinear
 from l4q.model import wrap_linears
+from l4q.refreeze import FreezeOptions, recorded_options
+from runtime_tests.conftest import ASSETS
 from runtime_tests.kernel_runs import Broken
 from runtime_tests.train_runs import base_options
+from tools.bench_cases import CASES
 from tools.bench_kernels import command as bench_command
+from tools.bench_steps import measure
 
 
 def forget() -> None:
@@ -105,6 +109,21 @@ def test_kernels_option(glassllm_dir: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(train_command, [*arguments, "fast"])
     assert refused.exit_code == 2
     assert "'fast' is not one of 'auto', 'eager', 'numba', 'triton'" in refused.output
+
+
+def test_a_run_can_be_frozen_without_its_kernels(tmp_path: Path, glassllm_dir: Path) -> None:
+    """l4q-freeze does not insist on the kernels of the run, which may have trained on a GPU."""
+    options = replace(base_options(glassllm_dir, tmp_path), kernels="triton")
+    options.out.mkdir()
+    (options.out / "config.json").write_text(json.dumps({"options": options.to_dict()}))
+    assert recorded_options(FreezeOptions(run=options.out, out=tmp_path / "frozen")).kernels == "auto"
+
+
+def test_the_training_benchmark_takes_kernels() -> None:
+    """The kernels of a case reach L4Q's layers: those that cannot run stop its first step."""
+    case = replace(CASES["quick"][0], length=8, kernels="triton")
+    with pytest.raises(L4QError, match="where: kernels"):
+        measure("l4q", case, ASSETS)
 
 
 def test_the_benchmark_checks_and_measures() -> None:
