@@ -10,9 +10,10 @@ from l4q.kernels.eager import EagerKernels
 from l4q.kernels.problem import Gradients, Kernels, Problem
 from l4q.quant import GridParams, LoraUpdate, grid_params
 
-# Of the largest entry. float32: sums of some hundred products in another order. bfloat16: dL/dW_q is rounded to 8 bits
-# by the matrix product of both sides, in runs of rows of different lengths.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Of the largest entry. float32: sums of some hundred products in another order (measured: up to 5e-7). 16 bits: a
+# matrix library may round dL/dW_q differently where the two sides ask for runs of rows of different lengths; measured:
+# no difference.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 CASES = (
     (QuantConfig(group_size=32, zero_point="integer"), torch.float32),
     (QuantConfig(group_size=-1), torch.bfloat16),
