@@ -15,6 +15,7 @@ from l4q.config import (
     GradientScale,
     GridLearning,
     Init,
+    KernelChoice,
     LoraConfig,
     QuantConfig,
     ScaleGrid,
@@ -102,6 +103,9 @@ RESULT_LINES = {
     help="Keep the frozen weights dense, in 8- or 4-bit blocks, or as the integers of a pre-quantized MODEL.",
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, one more forward pass.")
+@click.option(
+    "--kernels", type=click.Choice(get_args(KernelChoice)), default="auto", help="auto: numba on CPU, triton on CUDA."
+)
 @click.option("--fsdp", is_flag=True, help="Under torchrun or accelerate launch: shard the model, do not copy it.")
 @click.option("--save-every", type=int, default=100, help="Steps between saved states.")
 @click.option("--keep-states", type=int, default=2, help="Saved states to keep.")

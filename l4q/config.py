@@ -11,6 +11,7 @@ from l4q.errors import UsageError
 ZeroPoint = Literal["none", "integer", "float"]
 ScaleGrid = Literal["fp16", "fp16_s7"]
 Init = Literal["l4q", "lsq+", "symm", "asymm", "calibrated"]
+KernelChoice = Literal["auto", "eager", "numba", "triton"]
 GradientScale = Literal["none", "lsq"]
 BaseStorage = Literal["dense", "int8", "int4", "start"]
 

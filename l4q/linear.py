@@ -1,7 +1,7 @@
 """`L4QLinear`: a linear layer that trains Q(W0 + scaling * B A) with LoRA's memory.
 
 The autograd function keeps only (x, W0, A, B, s, m) and recomputes W, w, q and the mask in backward; the dense
-dL/dW_q lives for one layer at a time (paper section 3.2, eqs 16-30).
+dL/dW_q lives for one layer at a time (paper section 3.2, eqs 16-30). `l4q.kernels` does the elementwise work.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from l4q.base import BaseWeight, PackedBase, base_linear, dense_base
-from l4q.config import GridLearning, Init, LoraConfig, QuantConfig
+from l4q.config import GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.errors import UsageError
 from l4q.init import Start, init_qparams
+from l4q.kernels.problem import Kernels, Problem
+from l4q.kernels.select import EAGER, kernels_for, require_kernels
 from l4q.quant import (
     GridParams,
     LoraUpdate,
@@ -25,7 +28,6 @@ from l4q.quant import (
     freeze_weight,
     grid_params,
     merge_lora,
-    position_,
     row_blocks,
 )
 from l4q.weight import QuantizedWeight
@@ -45,53 +47,29 @@ class L4QFunction(torch.autograd.Function):
         mins: torch.Tensor,
         scaling: float,
         max_code: int,
+        kernels: Kernels = EAGER,
     ) -> torch.Tensor:
         """Merge, quantize, multiply; x is [..., in], the result [..., out] in x's dtype."""
         ctx.packed = weight if isinstance(weight, PackedBase) else None
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, lora_a, lora_b, scales, mins)
-        ctx.scaling, ctx.max_code = scaling, max_code
-        update, params = LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins)
+        ctx.scaling, ctx.max_code, ctx.kernels = scaling, max_code, kernels
+        problem = Problem(weight, LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins), max_code)
         with torch.autocast(x.device.type, enabled=False):  # it would merge in 16 bits, and freeze does not
-            return F.linear(x, fake_quantize(weight, update, params, max_code, x.dtype))
+            return F.linear(x, kernels.quantize(problem, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """`_gradients` without autocast, whatever surrounds the call."""
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return L4QFunction._gradients(ctx, grads[0])
-
-    @staticmethod
-    def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, A, B, s and m; eqs 19 and 21 with m = b + Q_N * s.
-
-        Inside the clamp dW_q/ds = q - w and dW_q/dm = 0; outside dW_q/ds = q (0 or max_code) and dW_q/dm = 1.
-        W, w, q and dL/dW_q exist for one run of rows at a time.
-        """
+        """Gradients of x, A, B, s and m, in float32 but for x's, whatever autocast says around the call."""
         x, weight, lora_a, lora_b, scales, mins = ctx.saved_tensors
         weight = weight if ctx.packed is None else ctx.packed
-        dtype = scales.dtype
-        update = LoraUpdate(lora_a.to(dtype), lora_b.to(dtype), ctx.scaling)
-        grad_y = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, out]
-        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        quantized = torch.empty(weight.shape, dtype=grad_y.dtype, device=x.device)
-        grad_a, grad_b = torch.zeros_like(update.a), torch.empty_like(update.b)
-        grad_s, grad_m = torch.empty_like(scales), torch.empty_like(mins)
-        for rows in row_blocks(weight):
-            s, m = scales[rows].unsqueeze(-1), mins[rows].unsqueeze(-1)  # [rows, groups, 1]
-            position = position_(merge_lora(weight, update, rows, dtype), scales[rows], mins[rows])
-            codes = position.clamp(0, ctx.max_code)
-            outside = codes != position  # complement of the straight-through mask on the unrounded w (eq 17)
-            codes.round_()
-            quantized[rows] = (codes * s).add_(m).view(-1, weight.shape[1])
-            grad_w = (grad_y[:, rows].T @ flat_x).to(dtype).view_as(position)  # dL/dW_q, eq 22
-            grad_s[rows] = grad_w.mul(codes.sub_(position.masked_fill_(outside, 0))).sum(-1)
-            grad_m[rows] = (grad_w * outside).sum(-1)
-            grad_in = grad_w.masked_fill_(outside, 0).view(-1, weight.shape[1])
-            grad_a.addmm_(update.b[rows].T, grad_in)  # eq 29, scaled below
-            torch.mm(grad_in, update.a.T, out=grad_b[rows])  # eq 30
-        grad_x = (grad_y @ quantized).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = grad_a.mul_(ctx.scaling).to(lora_a.dtype), grad_b.mul_(ctx.scaling).to(lora_b.dtype)
-        return grad_x, None, grad_a, grad_b, grad_s, grad_m, None, None
+        update = LoraUpdate(lora_a, lora_b, ctx.scaling)
+        problem = Problem(weight, update, GridParams(scales, mins, mins), ctx.max_code)
+        with torch.autocast(x.device.type, enabled=False):
+            grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
+            found = ctx.kernels.gradients(problem, x.reshape(-1, x.shape[-1]), grad_y)
+            grad_x = (grad_y @ found.quantized).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = found.a.to(lora_a.dtype), found.b.to(lora_b.dtype)
+        return grad_x, None, grad_a, grad_b, found.scales, found.mins, None, None, None
 
 
 class L4QLinear(nn.Module):
@@ -112,6 +90,10 @@ class L4QLinear(nn.Module):
         learning: What of the grid trains.
         qparams: s and b of a pre-quantized start, used instead of `init`; also a LoRA warm-up leaves them.
         moments: E[x_j^2] of the inputs, [in], for init "calibrated".
+        kernels: How W_q and its gradients are computed, see `l4q.kernels`; the weights are the same bits either way.
+
+    Raises:
+        UsageError: The kernels' compiler is not installed.
     """
 
     quantizing: bool
@@ -128,11 +110,14 @@ class L4QLinear(nn.Module):
         learning: GridLearning | None = None,
         qparams: Start | None = None,
         moments: torch.Tensor | None = None,
+        kernels: KernelChoice = "auto",
     ) -> None:
         super().__init__()
         self.moments = moments
         self.quant, self.lora, self.init, self.learning = quant, lora, init, learning or GridLearning()
         self.quantizing = True
+        require_kernels(kernels)
+        self.kernels = kernels
         self.out_features, self.in_features = weight.shape
         self.gradient_factor = self.learning.gradient_factor(quant, self.in_features)
         self.weight = weight.requires_grad_(False)
@@ -159,6 +144,7 @@ class L4QLinear(nn.Module):
         base: nn.Parameter | PackedBase | None = None,
         qparams: Start | None = None,
         moments: torch.Tensor | None = None,
+        kernels: KernelChoice = "auto",
     ) -> L4QLinear:
         """Wrap a linear layer, sharing its weight and bias; at step 0 it is round-to-nearest of the same grid.
 
@@ -166,7 +152,8 @@ class L4QLinear(nn.Module):
         """
         weight, bias = cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
         chosen = weight if base is None else base
-        return cls(chosen, bias, quant, lora, init=init, learning=learning, qparams=qparams, moments=moments)
+        grid: dict[str, Any] = {"init": init, "learning": learning, "qparams": qparams, "moments": moments}
+        return cls(chosen, bias, quant, lora, kernels=kernels, **grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out] through the quantized merged weight (in a warm-up: the merged weight).
@@ -179,8 +166,10 @@ class L4QLinear(nn.Module):
         y: torch.Tensor
         if self.quantizing:
             params = self.grid()
+            kernels = EAGER if is_compiling() else kernels_for(self.kernels, x.device.type, params.scales.dtype)
+            scaling, max_code = self.lora.scaling, self.quant.max_code
             y = L4QFunction.apply(
-                x, self.weight, lora_a, self.lora_B, params.scales, params.mins, self.lora.scaling, self.quant.max_code
+                x, self.weight, lora_a, self.lora_B, params.scales, params.mins, scaling, max_code, kernels
             )
         else:
             low = F.linear(F.linear(x, lora_a.to(x.dtype)), self.lora_B.to(x.dtype))

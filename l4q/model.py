@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from l4q.checkpoint import save_checkpoint
-from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig
+from l4q.config import BaseStorage, GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
@@ -66,6 +66,7 @@ def wrap_linears(
     overrides: Sequence[Override] = (),
     skip: Sequence[str] = (),
     quantize_head: bool = False,
+    kernels: KernelChoice = "auto",
 ) -> WrapReport:
     """Replace every targeted nn.Linear by an `L4QLinear` in place and freeze everything else.
 
@@ -82,6 +83,7 @@ def wrap_linears(
         overrides: Other grids for some modules; the first that matches a module holds.
         skip: Patterns of modules that stay dense, whatever the other options say.
         quantize_head: Quantize the output head too, which the target patterns do not reach.
+        kernels: How the layers compute, see `l4q.kernels`; "auto" is the fastest that reproduces torch on the device.
 
     Raises:
         UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
@@ -113,6 +115,7 @@ def wrap_linears(
             base=own.base,
             qparams=own.qparams,
             moments=(moments or {}).get(name),
+            kernels=kernels,
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)

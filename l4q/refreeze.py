@@ -150,7 +150,8 @@ def recorded_options(options: FreezeOptions) -> TrainOptions:
             got=f"{type(error).__name__} reading {config.name}",
             expected="the run folder itself (the --out of l4q-train), not its checkpoint",
         ) from error
-    recorded = TrainOptions.from_dict(values, where=config)
+    # The device may be another one, and every kind of kernels freezes to the same integers.
+    recorded = replace(TrainOptions.from_dict(values, where=config), kernels="auto")
     return recorded if options.model is None else replace(recorded, model=options.model)
 
 

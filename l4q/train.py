@@ -23,7 +23,6 @@ from l4q.distributed import (
     amp_requested,
     decide,
     fsdp_requested,
-    is_sharded,
     on_cpu_processes,
     quiet_others,
     reshard,
@@ -31,6 +30,7 @@ from l4q.distributed import (
 from l4q.errors import UnsupportedError, UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
+from l4q.kernels.select import kernels_for
 from l4q.model import WrapReport, l4q_layers, load_trainable_state, save_l4q, trained_grid, unquantized, wrap_linears
 from l4q.rules import split_siblings
 from l4q.run_folder import RunFolder
@@ -85,6 +85,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     args = training_arguments(options)
     device = args.device  # joins the other processes, if there are any
     quiet_others()
+    kernels_for(options.kernels, device.type)  # refuses what cannot run there
     run = RunFolder(options.out)
     decide(lambda: run.claim(options))
     model, tokenizer = load_model(options)
@@ -203,6 +204,7 @@ def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = No
         overrides=options.overrides,
         skip=options.skip,
         quantize_head=options.quantize_head,
+        kernels=options.kernels,
     )
     for line in report.describe_start():
         log.info("%s", line)
@@ -294,7 +296,7 @@ def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *,
     """Freeze a trained model into a new L4Q checkpoint folder, with the base model's tokenizer and licence.
 
     Args:
-        model: The wrapped model; it is moved to the CPU, if it is not sharded.
+        model: The wrapped model, on the device it was trained on: another one may round B @ A to other bits.
         tokenizer: Of the base model.
         options: Of the run.
         out: Folder to create.
@@ -303,8 +305,6 @@ def save_frozen(model: Any, tokenizer: Any, options: TrainOptions, out: Path, *,
     Raises:
         UsageError: The folder exists, or scales are not finite.
     """
-    if not is_sharded(model):
-        model.to("cpu")
     with TemporaryDirectory() as scratch:
         folder = Path(options.model)
         if not folder.is_dir():  # a hub id or a GGUF file: tokenizer and generation settings come from what was loaded

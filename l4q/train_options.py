@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from l4q.config import BaseStorage, GridLearning, Init, LoraConfig, QuantConfig, check_init
+from l4q.config import BaseStorage, GridLearning, Init, KernelChoice, LoraConfig, QuantConfig, check_init
 from l4q.errors import UsageError
 from l4q.rules import Override
 
@@ -118,6 +118,8 @@ class TrainOptions:
     """How the frozen W0 is kept: dense, in 8- or 4-bit blocks, or as a pre-quantized start's integers (`l4q.base`)."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    kernels: KernelChoice = "auto"
+    """How layers compute W_q and its gradients, see `l4q.kernels`: "auto" picks the fastest of the device."""
     fsdp: bool = False
     """Shard the model over the processes of a launcher (FSDP2) instead of giving each a copy (DDP)."""
     save_every: int = 100
@@ -141,6 +143,8 @@ class TrainOptions:
         require(fits, "amp", f"{self.amp} with dtype {self.dtype}", "amp none, or dtype float32")
         storages = get_args(BaseStorage)
         require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
+        kernels = get_args(KernelChoice)
+        require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
@@ -203,7 +207,7 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "skip": tuple,
     "overrides": lambda overrides: tuple(Override(**override) for override in overrides),
 }
-_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp")
+_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp", "kernels")
 
 
 def require(condition: bool, option: str, got: object, expected: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from l4q.config import KernelChoice
+
 METHODS = ("l4q", "lora", "qat-lora-naive", "qat-full")
 
 
@@ -22,6 +24,8 @@ class Case:
     device: str = "cpu"
     dtype: str = "float32"
     checkpointing: bool = False
+    kernels: KernelChoice = "auto"
+    """Of L4Q's layers."""
 
 
 CASES: dict[str, tuple[Case, ...]] = {

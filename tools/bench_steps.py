@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from l4q.config import LoraConfig, QuantConfig
-from l4q.model import wrap_linears
+from l4q.model import l4q_layers, wrap_linears
 from tools.bench_cases import Case
 from tools.bench_models import SHAPES, QATLinear, QATLoRALinear, random_llama, replace_linears
 from tools.measure import peak_bytes, reset_peak, timed
@@ -82,6 +82,8 @@ def measure(method: str, case: Case, assets: Path) -> dict[str, Any]:
     floor = reset_peak(case.device)
     transformers.set_seed(0)
     model = BUILDERS[method](_load(case, assets))
+    for _, layer in l4q_layers(model):
+        layer.kernels = case.kernels
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

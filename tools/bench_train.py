@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from l4q.cli_common import run
+from l4q.config import KernelChoice
 from l4q.errors import L4QError
 from tools.bench_cases import CASES, METHODS, Case
 
@@ -138,6 +139,7 @@ def _cases(quick: bool, device: str, chosen: tuple[str, ...], changes: dict[str,
 @click.option("--batch", type=click.IntRange(1), help="Sequences per step.  [default: the case's]")
 @click.option("--length", type=click.IntRange(2), help="Tokens per sequence.  [default: the case's]")
 @click.option("--steps", type=click.IntRange(1), help="Timed steps per process, after one untimed.")
+@click.option("--kernels", type=click.Choice(get_args(KernelChoice)), help="Of L4Q's layers.  [default: auto]")
 @click.option("--assets", type=click.Path(path_type=Path), default=ASSETS, help="Folder with smollm2.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write all figures to this JSON file.")
 def command(quick: bool, device: str, chosen: tuple[str, ...], repetitions: int | None, **options: Any) -> None:
@@ -146,7 +148,7 @@ def command(quick: bool, device: str, chosen: tuple[str, ...], repetitions: int 
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = _cases(quick, device, chosen, {name: options[name] for name in ("batch", "length", "steps")})
+    cases = _cases(quick, device, chosen, {name: options[name] for name in ("batch", "length", "steps", "kernels")})
     rounds = repetitions or (2 if quick else 3)
     console = Console()
     report: list[dict[str, Any]] = []

@@ -69,11 +69,12 @@ class LiveBytes(TorchDispatchMode):
 def layer_transient(shape: tuple[int, int], config: QuantConfig, tokens: int = 8) -> tuple[float, float]:
     """Bytes per weight that the forward and the backward of one linear need for a moment, worked in one block.
 
-    A GPU takes a whole weight at once; a CPU would take it in runs of rows that fit its cache.
+    A GPU takes a whole weight at once; a CPU would take it in runs of rows that fit its cache. The eager kernels are
+    measured, which need the most.
     """
     out, inner = shape
     weight = torch.nn.Parameter(torch.randn(out, inner, dtype=torch.bfloat16))
-    layer = L4QLinear(weight, None, config, LoraConfig(rank=4))
+    layer = L4QLinear(weight, None, config, LoraConfig(rank=4), kernels="eager")
     x = torch.randn(tokens, inner, dtype=torch.bfloat16, requires_grad=True)
     with _whole_weights(), LiveBytes() as forward:
         y = layer(x)
