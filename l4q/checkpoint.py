@@ -15,6 +15,7 @@ from l4q.bitpack import pack_codes, row_bytes, unpack_codes
 from l4q.config import FORMAT_VERSION, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
+from l4q.k_grids import SUPERBLOCK
 from l4q.shards import ShardReader, ShardWriter
 from l4q.weight import QuantizedWeight
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "l4q"
 CONFIG_NAME = "config.json"
-_PARTS = {"codes": "U8", "scales": "F16", "zeros": "U8", "mins": "F16"}
+_PARTS = {"codes": "U8", "scales": "F16", "zeros": "U8", "mins": "F16", "sub_scales": "U8", "sub_mins": "U8"}
 _REWRITE = "the folder is damaged or was not written by l4q; write the checkpoint again"
 
 
@@ -37,6 +38,8 @@ class WeightInfo:
     group_size: int
     """Columns per group, never -1."""
     zero_point: ZeroPoint
+    k_grid: str | None = None
+    """The K grid it is on, if it is on one."""
 
     @property
     def groups(self) -> int:
@@ -120,8 +123,7 @@ class L4QCheckpoint:
         return QuantizedWeight(
             codes=unpack_codes(packed, info.in_features, info.bits),
             scales=self._shards.numpy(f"{module}.scales"),
-            zeros=self._shards.numpy(f"{module}.zeros") if info.zero_point == "integer" else None,
-            mins=self._shards.numpy(f"{module}.mins") if info.zero_point == "float" else None,
+            **{part: self._shards.numpy(f"{module}.{part}") for part in _companions(info)},
             bits=info.bits,
             group_size=info.group_size,
             name=module,
@@ -159,11 +161,12 @@ class L4QCheckpoint:
                 remedy=_REWRITE,
             ) from error
         group_size = grid.resolve_group_size(in_features)
-        if min(out_features, in_features) < 1 or in_features % group_size:
+        run = group_size if grid.k_grid is None else SUPERBLOCK
+        if min(out_features, in_features) < 1 or in_features % run:
             raise UsageError(
-                "group_size does not divide in_features",
+                "group_size does not divide in_features" if run == group_size else "superblocks do not fill a row",
                 where=where,
-                got=f"{in_features} / {group_size}",
+                got=f"{in_features} / {run}",
                 remedy=_REWRITE,
             )
         info = WeightInfo(
@@ -172,23 +175,23 @@ class L4QCheckpoint:
             bits=grid.bits,
             group_size=group_size,
             zero_point=grid.zero_point,
+            k_grid=grid.scale_grid if grid.k_grid else None,
         )
         self._check_parts(module, info)
         return info
 
     def _check_parts(self, module: str, info: WeightInfo) -> None:
         grouped = (info.out_features, info.groups)
-        expected = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": grouped}
-        companion = {"integer": "zeros", "float": "mins"}.get(info.zero_point)
-        if companion:
-            expected[companion] = grouped
+        shared = (info.out_features, info.in_features // SUPERBLOCK) if info.k_grid else grouped
+        expected = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": shared}
+        expected |= {part: shared if part == "mins" else grouped for part in _companions(info)}
         for part, dtype in _PARTS.items():
             name = f"{module}.{part}"
             if (name in self._shards.names) != (part in expected):
                 raise UsageError(
                     f"tensor {name} is {'missing' if part in expected else 'not allowed'}",
                     where=self.path,
-                    expected=f"zero_point {info.zero_point}: {sorted(expected)}",
+                    expected=f"zero_point {info.zero_point}, {info.k_grid or 'no K grid'}: {sorted(expected)}",
                     remedy=_REWRITE,
                 )
             if part not in expected:
@@ -252,17 +255,24 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     import torch
 
-    arrays = {"codes": pack_codes(weight.codes, weight.bits), "scales": weight.scales}
-    if weight.zeros is not None:
-        arrays["zeros"] = weight.zeros
-    if weight.mins is not None:
-        arrays["mins"] = weight.mins
+    arrays = {part: getattr(weight, part) for part in _PARTS if getattr(weight, part) is not None}
+    arrays["codes"] = pack_codes(weight.codes, weight.bits)
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
+
+
+def _companions(info: WeightInfo) -> tuple[str, ...]:
+    """The tensors of a module beside its codes and scales."""
+    kind = {"integer": ("zeros",), "float": ("mins",), "none": ()}[info.zero_point]
+    if info.k_grid is None:
+        return kind
+    return ("sub_scales", *kind, *(("sub_mins",) if info.zero_point == "float" else ()))
 
 
 def _record(weight: QuantizedWeight, quant: QuantConfig) -> str:
     group_size = -1 if weight.groups == 1 and quant.group_size == -1 else weight.group_size
-    record = {"shape": list(weight.shape), "bits": weight.bits, "group_size": group_size}
+    record: dict[str, Any] = {"shape": list(weight.shape), "bits": weight.bits, "group_size": group_size}
+    if weight.k_grid is not None:
+        record["scale_grid"] = weight.k_grid
     return json.dumps({**record, "zero_point": weight.zero_point}, sort_keys=True)
 
 

@@ -19,6 +19,7 @@ from l4q.config import GROUP_MULTIPLE, BaseStorage, GridLearning, Init, LoraConf
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
+from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, SUPERBLOCK
 from l4q.linear import L4QLinear
 from l4q.starts.adopt import adopt, reproduces
 from l4q.starts.start import PretrainedStart
@@ -39,10 +40,18 @@ class WrapReport:
     """Wrapped modules that multiply with a pre-quantized start's own weights, each of them equal."""
     notes: tuple[tuple[str, str], ...] = ()
     """(module, why not) of the other modules of a pre-quantized start; they are initialised like any weight."""
+    fallback: tuple[str, ...] = ()
+    """Wrapped modules whose rows do not fill the K grid's superblocks; they are on `QuantConfig.for_layer`'s grid."""
 
     def describe_start(self) -> list[str]:
-        """How a pre-quantized start was taken over, one line per outcome; nothing for a plain model."""
+        """What is not plain to see: layers off the K grid, and how a pre-quantized start was taken over."""
         lines = []
+        if self.fallback:
+            lines.append(
+                f"{len(self.fallback)} of {len(self.wrapped)} layers, for example {self.fallback[0]}, are on the fp16 "
+                f"grid at {FALLBACK_BITS} bits in groups of {FALLBACK_GROUP}, as their in_features are no multiple of "
+                f"{SUPERBLOCK}"
+            )
         if self.reproduced:
             lines.append(f"{len(self.reproduced)} layers start with the model's own integers, bit for bit")
         for reason, count in Counter(reason for _, reason in self.notes).items():
@@ -66,27 +75,30 @@ def wrap_linears(
 
     Args:
         model: A causal language model; its output embeddings are never touched.
-        quant: The grid.
+        quant: The grid; on a K grid, layers whose rows it does not fill take `QuantConfig.for_layer`'s.
         lora: Rank, scaling and the patterns of target modules.
         init: How scales and offsets start, see `l4q.init`.
         learning: What of the grid trains; everything by default.
-        skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
+        skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping; on
+            a K grid those whose rows its superblocks do not fill, instead of giving them another grid.
         start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
         storage: How the frozen weights are kept, see `l4q.base`.
 
     Raises:
-        UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
-            storage cannot hold a weight.
+        UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, a K grid
+            fits no layer, or the storage cannot hold a weight.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = _output_head(model)
     candidates = {name: module for name, module in linears.items() if module is not head}
     targets = _match(candidates, lora.target_modules)
-    odd = [
-        name
-        for name in targets
-        if candidates[name].in_features % quant.resolve_group_size(candidates[name].in_features)
-    ]
+    grids = {name: quant.for_layer(candidates[name].in_features) for name in targets}
+    fallback = [name for name, grid in grids.items() if grid != quant]
+    odd = [n for n, g in grids.items() if candidates[n].in_features % g.resolve_group_size(candidates[n].in_features)]
+    if skip_indivisible:
+        odd, fallback = [name for name in targets if name in {*odd, *fallback}], []
+    if len(fallback) == len(targets):
+        raise _no_superblock(fallback, candidates, quant)
     if odd and not skip_indivisible:
         raise _indivisible(odd, candidates, quant)
     wrapped = [name for name in targets if name not in set(odd)]
@@ -100,9 +112,9 @@ def wrap_linears(
     reproduced, notes = [], []
     for name in wrapped:
         linear = candidates.pop(name)
-        own = adopt(name, cast(nn.Parameter, linear.weight), quant, start, storage)
+        own = adopt(name, cast(nn.Parameter, linear.weight), grids[name], start, storage)
         layer = L4QLinear.from_linear(
-            linear, quant, lora, init=init, learning=learning, base=own.base, qparams=own.qparams
+            linear, grids[name], lora, init=init, learning=learning, base=own.base, qparams=own.qparams
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
@@ -110,7 +122,13 @@ def wrap_linears(
             reproduced.append(name)
         elif start is not None:
             notes.append((name, own.note or f"base storage {storage} moves weights across rounding boundaries"))
-    return WrapReport(wrapped=tuple(wrapped), dense=dense, reproduced=tuple(reproduced), notes=tuple(notes))
+    return WrapReport(
+        wrapped=tuple(wrapped),
+        dense=dense,
+        reproduced=tuple(reproduced),
+        notes=tuple(notes),
+        fallback=tuple(fallback),
+    )
 
 
 def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
@@ -121,8 +139,9 @@ def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
 
 
 def trained_grid(model: nn.Module) -> QuantConfig:
-    """The grid of the wrapped layers."""
-    return next(layer.quant for _, layer in l4q_layers(model))
+    """The grid of the wrapped layers; a K grid if one of them is on it, as the others follow from it."""
+    grids = [layer.quant for _, layer in l4q_layers(model)]
+    return next((grid for grid in grids if grid.k_grid is not None), grids[0])
 
 
 @contextmanager
@@ -267,6 +286,18 @@ def _match(candidates: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> li
     return [name for name in candidates if name in chosen]
 
 
+def _no_superblock(names: list[str], candidates: Mapping[str, nn.Linear], quant: QuantConfig) -> UsageError:
+    sizes = sorted({candidates[name].in_features for name in names})
+    grid = quant.for_layer(sizes[0])
+    return UsageError(
+        f"scale_grid {quant.scale_grid} fits none of the layers",
+        where=names[0],
+        got=f"in_features {sizes}",
+        expected=f"multiples of {SUPERBLOCK}",
+        remedy=f"use --scale-grid fp16 --bits {grid.bits} --group-size {grid.group_size}",
+    )
+
+
 def _indivisible(odd: list[str], candidates: Mapping[str, nn.Linear], quant: QuantConfig) -> UsageError:
     sizes = sorted({candidates[name].in_features for name in odd})
     fits = {size: [g for g in range(GROUP_MULTIPLE, size + 1, GROUP_MULTIPLE) if size % g == 0] for size in sizes}
@@ -274,7 +305,7 @@ def _indivisible(odd: list[str], candidates: Mapping[str, nn.Linear], quant: Qua
     return UsageError(
         "the group size does not divide in_features of some layers",
         where=shown,
-        got=f"group_size {quant.group_size}, in_features {sizes}",
+        got=f"group_size {quant.for_layer(sizes[0]).group_size}, in_features {sizes}",
         expected="; ".join(
             f"in_features {size}: {groups or 'only -1 (one group per row)'}" for size, groups in fits.items()
         ),

@@ -195,7 +195,7 @@ def regrid_model(model: torch.nn.Module, target: QuantConfig) -> list[WeightLoss
 
 def _regrid(layer: L4QLinear, target: QuantConfig) -> _Sums:
     before = layer.quantized_weight()
-    layer.regrid(target)
+    layer.regrid(target.for_layer(layer.in_features))
     after = layer.quantized_weight()
     sums = _Sums()
     for rows in _slices(before):

@@ -16,6 +16,7 @@ from exporters.hf_plan import (
     skipped_linears,
     vllm_problems,
 )
+from exporters.k_grid import refuse_k_grid
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from exporters.words import run_length
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
@@ -53,6 +54,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     Raises:
         UnsupportedError: A module has float zero-points, or the container cannot be written.
     """
+    refuse_k_grid(checkpoint, LABEL)
     refuse_float(checkpoint, LABEL)
     width = container_bits(checkpoint, options)
     quantized = [_plan_module(module, checkpoint.info(module), width) for module in checkpoint.modules]
