@@ -39,7 +39,9 @@ RESULT_LINES = {
 @click.option("--group-size", type=int, default=64, help="Columns that share a scale; -1 = one group per row.")
 @click.option("--zero-point", type=click.Choice(get_args(ZeroPoint)), default="none", help="Kind of zero-point.")
 @click.option(
-    "--scale-grid", type=click.Choice(get_args(ScaleGrid)), help="Scale values; default follows --zero-point."
+    "--scale-grid",
+    type=click.Choice(get_args(ScaleGrid)),
+    help="Scale values; q4_k, q3_k: llama.cpp's.  [default: by --zero-point]",
 )
 @click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
 @click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
@@ -53,7 +55,7 @@ RESULT_LINES = {
 @click.option(
     "--lora-warmup-steps", type=int, default=0, help="First steps that train plain LoRA; then quantization starts."
 )
-@click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size does not divide.")
+@click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size or a K grid does not fit.")
 @click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
 @click.option("--rank", type=int, default=8, help="LoRA rank.")
 @click.option("--alpha", type=float, default=16.0, help="LoRA scaling is alpha / rank.")

@@ -97,8 +97,7 @@ def wrap_linears(
     odd = [n for n, g in grids.items() if candidates[n].in_features % g.resolve_group_size(candidates[n].in_features)]
     if skip_indivisible:
         odd, fallback = [name for name in targets if name in {*odd, *fallback}], []
-    if len(fallback) == len(targets):
-        raise _no_superblock(fallback, candidates, quant)
+    require_k_layers(quant, {name: candidates[name].in_features for name in targets})
     if odd and not skip_indivisible:
         raise _indivisible(odd, candidates, quant)
     wrapped = [name for name in targets if name not in set(odd)]
@@ -129,6 +128,22 @@ def wrap_linears(
         notes=tuple(notes),
         fallback=tuple(fallback),
     )
+
+
+def require_k_layers(quant: QuantConfig, in_features: Mapping[str, int]) -> None:
+    """Refuse a K grid that none of the layers can be on.
+
+    Raises:
+        UsageError: See above.
+    """
+    if all(quant.for_layer(size) != quant for size in in_features.values()):
+        raise UsageError(
+            f"scale_grid {quant.scale_grid} fits none of the layers",
+            where=next(iter(in_features)),
+            got=f"in_features {sorted(set(in_features.values()))}",
+            expected=f"multiples of {SUPERBLOCK}",
+            remedy=f"use --scale-grid fp16 --bits {FALLBACK_BITS} --group-size {FALLBACK_GROUP}",
+        )
 
 
 def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
@@ -284,18 +299,6 @@ def _match(candidates: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> li
         )
     chosen = set().union(*hits.values())
     return [name for name in candidates if name in chosen]
-
-
-def _no_superblock(names: list[str], candidates: Mapping[str, nn.Linear], quant: QuantConfig) -> UsageError:
-    sizes = sorted({candidates[name].in_features for name in names})
-    grid = quant.for_layer(sizes[0])
-    return UsageError(
-        f"scale_grid {quant.scale_grid} fits none of the layers",
-        where=names[0],
-        got=f"in_features {sizes}",
-        expected=f"multiples of {SUPERBLOCK}",
-        remedy=f"use --scale-grid fp16 --bits {grid.bits} --group-size {grid.group_size}",
-    )
 
 
 def _indivisible(odd: list[str], candidates: Mapping[str, nn.Linear], quant: QuantConfig) -> UsageError:

@@ -21,7 +21,7 @@ from l4q.config import QuantConfig, ScaleGrid, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import refuse_existing
 from l4q.linear import L4QLinear
-from l4q.model import l4q_layers, load_trainable_state, trained_grid
+from l4q.model import l4q_layers, load_trainable_state, require_k_layers, trained_grid
 from l4q.quant import merge_lora
 from l4q.run_folder import RunFolder
 from l4q.state_tensors import saved_tensors
@@ -184,7 +184,11 @@ def regrid_model(model: torch.nn.Module, target: QuantConfig) -> list[WeightLoss
 
     Returns:
         One entry per layer, and "overall" last.
+
+    Raises:
+        UsageError: Bits or group size differ, or the target is a K grid that fits no layer.
     """
+    require_k_layers(target, {name: layer.in_features for name, layer in l4q_layers(model)})
     total, losses = _Sums(), []
     for name, layer in l4q_layers(model):
         sums = _regrid(layer, target)
