@@ -26,6 +26,7 @@ from l4q.config import QuantConfig
 from l4q.errors import UnsupportedError, UsageError
 from l4q.weight import QuantizedWeight
 from runtime_tests import random_models
+from runtime_tests.engines.ggml_rows import dequantize_rows, quantize_rows
 from runtime_tests.engines.llamacpp_engine import Engine
 from runtime_tests.gguf_models import export_gguf, make_checkpoint, random_weight, same_bits, torch_logprobs
 from runtime_tests.test_gguf_export import fields, gguf_file, wrong_modules
@@ -35,7 +36,7 @@ from runtime_tests.test_llamacpp_engine import divergence
 
 TYPES = {"q4_k": "Q4_K", "q4_k-none": "Q4_K", "q3_k": "Q3_K"}
 # 8 query heads of 24 columns: rows of o_proj, 192 wide, do not fill a superblock.
-MIXED = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 24}
+MIXED: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 24}
 IDS = [int(token) for token in np.random.default_rng(0).integers(0, 320, 60)]
 
 # llama.cpp rounds activations to int8 per 256 columns for K types: measured KL 1.3e-4 to 8.0e-4 on these models.
@@ -70,6 +71,23 @@ def equation(kind: str, codes: np.ndarray, d: np.ndarray, sc: np.ndarray, *mins:
 
 
 PACKERS: dict[str, tuple[Any, Any]] = {"Q4_K": (pack_q4_k, unpack_q4_k), "Q3_K": (pack_q3_k, unpack_q3_k)}
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_llama_cpp_decodes_the_same(kind: str) -> None:
+    """llama.cpp's own C dequantizer gives gguf-py's bits; the reading of its own Q4_K and Q3_K repacks to its bytes."""
+    packed = PACKERS[kind][0](*random_fields(kind, 5, 3, 2))
+    assert same_bits(dequantize_rows(packed, kind), decode(packed, kind))
+    damaged = packed.copy()
+    damaged[3, 50] ^= 16
+    assert not same_bits(dequantize_rows(damaged, kind), decode(packed, kind))
+    values = np.random.default_rng(0).normal(0, 0.02, (6, 768)).astype(np.float32)
+    theirs = quantize_rows(values, kind)
+    if kind == "Q4_K":
+        assert np.array_equal(pack_q4_k(*unpack_q4_k(theirs)), theirs)
+    else:
+        codes, d, signed = unpack_q3_k(theirs)  # llama.cpp's d is negative, and so are some of its integers
+        assert same_bits(decode(theirs, kind), equation(kind, codes, d, signed))
 
 
 @pytest.mark.parametrize("kind", PACKERS)
