@@ -82,14 +82,11 @@ def test_figures_are_those_of_the_blocks(name: str, block: str, bits: float, fal
     assert row.whole.bits == pytest.approx(8 * nbytes / sum(weight.numel() for weight in linears.values()))
     assert row.whole.rms == pytest.approx((error / size) ** 0.5)
     assert row.whole.perplexity == windows_perplexity(model, WINDOWS).value
-    assert row.fitting.perplexity not in (
-        row.whole.perplexity,
-        windows_perplexity(build_model("llama", MIXED), WINDOWS),
-    )
+    assert row.fitting.perplexity != row.whole.perplexity
 
 
 def test_finer_grids_err_less() -> None:
-    """Sanity of the table's order: 3 bits err more than 4, mins less than none, and our Q4_0 is close to llama.cpp's."""
+    """The table's order: 3 bits err more than 4, mins less than none, and our Q4_0 is close to llama.cpp's."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 768, generator=generator) @ random_rotation(768, 1).float()
 

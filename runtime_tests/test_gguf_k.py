@@ -230,7 +230,9 @@ def test_read_back_notices_damage(exported: tuple[str, L4QCheckpoint, Path], tmp
     assert wrong_modules(checkpoint, tmp_path / "bad") == ["model.layers.1.self_attn.k_proj"]
 
 
-def test_llama_cpp_runs_the_blocks(exported: tuple[str, L4QCheckpoint, Path], tmp_path: Path) -> None:
+def test_llama_cpp_runs_the_blocks(
+    exported: tuple[str, L4QCheckpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """F32 gives torch's numbers, K blocks those within activation noise; one layer's doubled d is far outside."""
     _, checkpoint, folder = exported
     oracle = torch_logprobs(checkpoint, IDS)
@@ -242,7 +244,7 @@ def test_llama_cpp_runs_the_blocks(exported: tuple[str, L4QCheckpoint, Path], tm
     weights["model.layers.0.self_attn.v_proj"].scales[:] *= np.float16(2)
     shutil.copytree(checkpoint.path, tmp_path / "bad")
     bad = L4QCheckpoint.open(tmp_path / "bad")
-    bad.quantized = weights.__getitem__  # type: ignore[method-assign]
+    monkeypatch.setattr(bad, "quantized", weights.__getitem__)
     export_gguf(bad, tmp_path / "out")
     assert divergence(f32, _logprobs(tmp_path / "out")) > DAMAGED_KL
 
