@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from exporters.verify import compare_bits
 from l4q import k_snap
@@ -212,6 +212,19 @@ def test_layers_off_the_grid_can_stay_dense() -> None:
     model = build_model("llama", SIZES)
     with pytest.raises(UsageError, match=r"(?s)q4_k fits none.*multiples of 256.*--scale-grid fp16"):
         wrap_linears(model, Q4_K, LoraConfig(rank=2, target_modules=("q_proj", "up_proj")))
+
+
+@pytest.mark.parametrize("quant", [Q4_K, Q3_K], ids=["q4_k", "q3_k"])
+def test_smollm2_is_mostly_off_the_grid(quant: QuantConfig, smollm2_dir: Path) -> None:
+    """Of SmolLM2's linears only down_proj, 1536 wide, is on a K grid; those that are 576 wide are listed."""
+    config = AutoConfig.from_pretrained(smollm2_dir, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    report = wrap_linears(model, quant, LoraConfig(rank=2))
+    assert len(report.fallback) == 12
+    assert {name.rpartition(".")[2] for name in set(report.wrapped) - set(report.fallback)} == {"down_proj"}
+    assert {layer.in_features for _, layer in l4q_layers(model) if layer.quant == quant} == {1536}
+    assert trained_grid(model) == quant
 
 
 def test_refreezing_onto_and_off_a_k_grid() -> None:
