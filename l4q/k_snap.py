@@ -56,13 +56,14 @@ def split_above(values: torch.Tensor, grid: KGrid, *, least: int) -> Units:
 
 def join(parts: Units) -> torch.Tensor:
     """Values [rows, groups]; exact in float32, 11 and 6 significant bits."""
-    rows, superblocks = parts.units.shape
-    return (parts.integers.view(rows, superblocks, -1) * parts.units.unsqueeze(-1)).flatten(1)
+    (rows, superblocks), groups = parts.units.shape, parts.integers.shape[1]
+    return (parts.integers.view(rows, superblocks, groups // superblocks) * parts.units.unsqueeze(-1)).flatten(1)
 
 
 def _superblocks(values: torch.Tensor, grid: KGrid) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [rows, superblocks, groups] and the largest of each superblock."""
-    grouped = values.detach().reshape(values.shape[0], -1, grid.groups)
+    rows, groups = values.shape
+    grouped = values.detach().reshape(rows, groups // grid.groups, grid.groups)
     return grouped, grouped.amax(-1, keepdim=True)
 
 
