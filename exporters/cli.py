@@ -29,7 +29,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 @click.option("--allow-rounding", is_flag=True, help="Accept a format that cannot hold the trained values exactly.")
 @click.option("--gptq-format", type=click.Choice(["gptq", "gptq_v2"]), default="gptq", show_default=True)
 @click.option(
-    "--gguf-type", type=click.Choice(["auto", "Q4_0", "Q4_1", "Q5_0", "F32"]), default="auto", show_default=True
+    "--gguf-type",
+    type=click.Choice(["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]),
+    default="auto",
+    show_default=True,
 )
 @click.option(
     "--gguf-embeddings", type=click.Choice(["stored", "f16", "q8_0"]), default="stored", show_default=True,

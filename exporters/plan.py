@@ -15,7 +15,7 @@ from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
 
 GptqFormat = Literal["gptq", "gptq_v2"]
-GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "F32"]
+GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]
 GgufEmbeddings = Literal["stored", "f16", "q8_0"]
 OnnxScales = Literal["float32", "float16"]
 DenseDtype = Literal["float16", "bfloat16", "float32"]

@@ -15,6 +15,7 @@ from l4q.bitpack import pack_codes, row_bytes, unpack_codes
 from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
+from l4q.k_grids import SUPERBLOCK
 from l4q.module_grids import grid_record, grids_entry, module_grids
 from l4q.shards import ShardReader, ShardWriter
 from l4q.weight import QuantizedWeight
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "l4q"
 CONFIG_NAME = "config.json"
-_PARTS = {"codes": "U8", "scales": "F16", "zeros": "U8", "mins": "F16"}
+_PARTS = {"codes": "U8", "scales": "F16", "zeros": "U8", "mins": "F16", "sub_scales": "U8", "sub_mins": "U8"}
 _REWRITE = "the folder is damaged or was not written by l4q; write the checkpoint again"
 
 
@@ -40,6 +41,8 @@ class WeightInfo:
     zero_point: ZeroPoint
     per_row: bool = False
     """Whether the record says group_size -1: one group per row, however long."""
+    k_grid: str | None = None
+    """The K grid it is on, if it is on one."""
 
     @property
     def stated_group_size(self) -> int:
@@ -134,8 +137,7 @@ class L4QCheckpoint:
         return QuantizedWeight(
             codes=unpack_codes(packed, info.in_features, info.bits),
             scales=self._shards.numpy(f"{module}.scales"),
-            zeros=self._shards.numpy(f"{module}.zeros") if info.zero_point == "integer" else None,
-            mins=self._shards.numpy(f"{module}.mins") if info.zero_point == "float" else None,
+            **{part: self._shards.numpy(f"{module}.{part}") for part in _companions(info)},
             bits=info.bits,
             group_size=info.group_size,
             name=module,
@@ -173,11 +175,12 @@ class L4QCheckpoint:
                 remedy=_REWRITE,
             ) from error
         group_size = grid.resolve_group_size(in_features)
-        if min(out_features, in_features) < 1 or in_features % group_size:
+        run = group_size if grid.k_grid is None else SUPERBLOCK
+        if min(out_features, in_features) < 1 or in_features % run:
             raise UsageError(
-                "group_size does not divide in_features",
+                "group_size does not divide in_features" if run == group_size else "superblocks do not fill a row",
                 where=where,
-                got=f"{in_features} / {group_size}",
+                got=f"{in_features} / {run}",
                 remedy=_REWRITE,
             )
         info = WeightInfo(
@@ -187,6 +190,7 @@ class L4QCheckpoint:
             group_size=group_size,
             zero_point=grid.zero_point,
             per_row=grid.group_size == PER_ROW,
+            k_grid=grid.scale_grid if grid.k_grid else None,
         )
         self._check_parts(module, info)
         return info
@@ -195,28 +199,29 @@ class L4QCheckpoint:
         """What config.json says of a module, which transformers reads, must be what its record says."""
         for module in {*stated, *self.modules}:
             info, grid = self._infos.get(module), stated.get(module, self.quant)
-            if info is None or info.grid != (grid.bits, grid.group_size, grid.zero_point):
+            expected = (grid.bits, grid.group_size, grid.zero_point)
+            k_grid = grid.scale_grid if grid.k_grid else None
+            if info is None or (info.grid, info.k_grid) != (expected, k_grid):
                 raise UsageError(
                     "config.json and a module's record disagree on its grid",
                     where=f"{self.path}: {module}",
-                    got="no such module" if info is None else info.grid,
-                    expected=(grid.bits, grid.group_size, grid.zero_point),
+                    got="no such module" if info is None else (*info.grid, info.k_grid or "no K grid"),
+                    expected=(*expected, k_grid or "no K grid"),
                     remedy=_REWRITE,
                 )
 
     def _check_parts(self, module: str, info: WeightInfo) -> None:
         grouped = (info.out_features, info.groups)
-        expected = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": grouped}
-        companion = {"integer": "zeros", "float": "mins"}.get(info.zero_point)
-        if companion:
-            expected[companion] = grouped
+        shared = (info.out_features, info.in_features // SUPERBLOCK) if info.k_grid else grouped
+        expected = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": shared}
+        expected |= {part: shared if part == "mins" else grouped for part in _companions(info)}
         for part, dtype in _PARTS.items():
             name = f"{module}.{part}"
             if (name in self._shards.names) != (part in expected):
                 raise UsageError(
                     f"tensor {name} is {'missing' if part in expected else 'not allowed'}",
                     where=self.path,
-                    expected=f"zero_point {info.zero_point}: {sorted(expected)}",
+                    expected=f"zero_point {info.zero_point}, {info.k_grid or 'no K grid'}: {sorted(expected)}",
                     remedy=_REWRITE,
                 )
             if part not in expected:
@@ -287,12 +292,17 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     import torch
 
-    arrays = {"codes": pack_codes(weight.codes, weight.bits), "scales": weight.scales}
-    if weight.zeros is not None:
-        arrays["zeros"] = weight.zeros
-    if weight.mins is not None:
-        arrays["mins"] = weight.mins
+    arrays = {part: getattr(weight, part) for part in _PARTS if getattr(weight, part) is not None}
+    arrays["codes"] = pack_codes(weight.codes, weight.bits)
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
+
+
+def _companions(info: WeightInfo) -> tuple[str, ...]:
+    """The tensors of a module beside its codes and scales."""
+    kind = {"integer": ("zeros",), "float": ("mins",), "none": ()}[info.zero_point]
+    if info.k_grid is None:
+        return kind
+    return ("sub_scales", *kind, *(("sub_mins",) if info.zero_point == "float" else ()))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

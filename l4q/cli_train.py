@@ -41,7 +41,9 @@ RESULT_LINES = {
 @click.option("--group-size", type=int, default=64, help="Columns that share a scale; -1 = one group per row.")
 @click.option("--zero-point", type=click.Choice(get_args(ZeroPoint)), default="none", help="Kind of zero-point.")
 @click.option(
-    "--scale-grid", type=click.Choice(get_args(ScaleGrid)), help="Scale values; default follows --zero-point."
+    "--scale-grid",
+    type=click.Choice(get_args(ScaleGrid)),
+    help="Scale values; q4_k, q3_k: llama.cpp's.  [default: by --zero-point]",
 )
 @click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
 @click.option("--calibration", type=int, default=16, help="Training sequences that --init calibrated looks at.")
@@ -56,7 +58,7 @@ RESULT_LINES = {
 @click.option(
     "--lora-warmup-steps", type=int, default=0, help="First steps that train plain LoRA; then quantization starts."
 )
-@click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size does not divide.")
+@click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size or a K grid does not fit.")
 @click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
 @click.option(
     "--override",

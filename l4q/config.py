@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from l4q.errors import UsageError
+from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, K_GRIDS, SUPERBLOCK, KGrid
 
 ZeroPoint = Literal["none", "integer", "float"]
-ScaleGrid = Literal["fp16", "fp16_s7"]
+ScaleGrid = Literal["fp16", "fp16_s7", "q4_k", "q3_k"]
 Init = Literal["l4q", "lsq+", "symm", "asymm", "calibrated"]
 KernelChoice = Literal["auto", "eager", "numba", "triton"]
 GradientScale = Literal["none", "lsq"]
@@ -35,15 +36,19 @@ class QuantConfig:
     bits: int = 4
     """Bits per code; codes are integers in [0, 2**bits)."""
     group_size: int = 64
-    """Columns that share one scale; a multiple of 32, or -1 for one group per row."""
+    """Columns that share one scale; a multiple of 32, or -1 for one group per row. K grids fix it: 32 or 16."""
     zero_point: ZeroPoint = "none"
     """"none": b = 0 (symmetric); "integer": b snapped to whole steps in the forward; "float": the paper's free b."""
     scale_grid: ScaleGrid | None = None
-    """Values a scale may take: "fp16", or "fp16_s7" (fp16 with 7 significant bits). None picks by zero_point."""
+    """Values of scales: "fp16"; "fp16_s7", fp16 with 7 significant bits; or llama.cpp's "q4_k" and "q3_k", an fp16
+    number per 256 columns times a small integer per group. None picks by zero_point."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
             raise _bad("bits", self.bits, f"one of {SUPPORTED_BITS}")
+        if self.k_grid is not None:
+            self._check_k_grid(str(self.scale_grid), self.k_grid)
+            return
         grouped = _is_int(self.group_size) and self.group_size > 0 and self.group_size % GROUP_MULTIPLE == 0
         if not grouped and self.group_size != PER_ROW:
             raise _bad("group_size", self.group_size, f"a positive multiple of {GROUP_MULTIPLE}, or {PER_ROW}")
@@ -53,6 +58,32 @@ class QuantConfig:
             object.__setattr__(self, "scale_grid", DEFAULT_SCALE_GRID[self.zero_point])
         if self.scale_grid not in get_args(ScaleGrid):
             raise _bad("scale_grid", self.scale_grid, f"one of {get_args(ScaleGrid)}")
+
+    def _check_k_grid(self, name: str, grid: KGrid) -> None:
+        if (self.bits, self.group_size) != (grid.bits, grid.group_size) or self.zero_point not in grid.zero_points:
+            kinds = " or ".join(grid.zero_points)
+            raise UsageError(
+                f"scale_grid {name} fixes the bits, the group size and the kinds of zero-point",
+                where="scale_grid",
+                got=f"bits {self.bits}, group_size {self.group_size}, zero_point {self.zero_point}",
+                expected=f"bits {grid.bits}, group_size {grid.group_size}, zero_point {kinds}",
+                remedy=f"use --bits {grid.bits} --group-size {grid.group_size} --zero-point {grid.zero_points[-1]}",
+            )
+
+    @property
+    def k_grid(self) -> KGrid | None:
+        """What the scale grid fixes, if it is one of llama.cpp's K types."""
+        return K_GRIDS.get(str(self.scale_grid))
+
+    def for_layer(self, in_features: int) -> QuantConfig:
+        """The grid of a layer with `in_features` columns.
+
+        It is this one, except on a K grid whose superblocks of 256 do not fill the row. Such a layer takes the fp16
+        grid with 4 bits and groups of 32, which GGUF stores in Q4_0 (zero_point "none") or Q4_1 ("float").
+        """
+        if self.k_grid is None or in_features % SUPERBLOCK == 0:
+            return self
+        return replace(self, bits=FALLBACK_BITS, group_size=FALLBACK_GROUP, scale_grid="fp16")
 
     @property
     def midpoint(self) -> int:

@@ -23,6 +23,7 @@ from l4q.bitpack import row_bytes, unpack_codes
 from l4q.checkpoint import QUANT_METHOD
 from l4q.config import FORMAT_VERSION, QuantConfig
 from l4q.errors import UsageError
+from l4q.k_grids import SUPERBLOCK
 from l4q.module_grids import MODULES_KEY, module_grids
 
 
@@ -52,7 +53,8 @@ class PackedLinear(nn.Module):
     """A linear layer that holds an L4Q checkpoint's tensors and dequantizes them in every forward.
 
     Buffers-like parameters: codes uint8 [out, row_bytes], scales float16 [out, groups], zeros uint8 or mins float16
-    [out, groups]; bias in the model's dtype.
+    [out, groups]; bias in the model's dtype. On a K grid scales and mins are [out, superblocks], beside sub_scales and
+    sub_mins uint8 [out, groups].
     """
 
     def __init__(self, linear: nn.Linear, quant: QuantConfig) -> None:
@@ -62,11 +64,16 @@ class PackedLinear(nn.Module):
         self.group_size = quant.resolve_group_size(self.in_features)
         grouped = (self.out_features, self.in_features // self.group_size)
         self.codes = self._frozen((self.out_features, row_bytes(self.in_features, quant.bits)), torch.uint8)
-        self.scales = self._frozen(grouped, torch.float16)
+        shared = grouped if quant.k_grid is None else (self.out_features, self.in_features // SUPERBLOCK)
+        self.scales = self._frozen(shared, torch.float16)
         if quant.zero_point == "integer":
             self.zeros = self._frozen(grouped, torch.uint8)
         if quant.zero_point == "float":
-            self.mins = self._frozen(grouped, torch.float16)
+            self.mins = self._frozen(shared, torch.float16)
+        if quant.k_grid is not None:
+            self.sub_scales = self._frozen(grouped, torch.uint8)
+            if quant.zero_point == "float":
+                self.sub_mins = self._frozen(grouped, torch.uint8)
         self.bias = linear.bias
 
     @staticmethod
@@ -76,12 +83,20 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """The float32 weight [out, in] by `QuantizedWeight`'s equation."""
         codes = unpack_codes(self.codes.cpu().numpy(), self.in_features, self.quant.bits)
-        grouped = torch.from_numpy(codes).to(self.scales.device).view(*self.scales.shape, self.group_size).float()
-        scales = self.scales.float().unsqueeze(-1)
+        flat = torch.from_numpy(codes).to(self.scales.device)
+        grouped = flat.view(self.out_features, -1, self.group_size).float()  # [out, groups, group_size]
+        scales = self._group_values("scales")
         if self.quant.zero_point == "float":
-            return (grouped * scales + self.mins.float().unsqueeze(-1)).view(self.out_features, -1)
+            return (grouped * scales + self._group_values("mins")).view(self.out_features, -1)
         zeros = self.zeros.float().unsqueeze(-1) if self.quant.zero_point == "integer" else self.quant.midpoint
         return ((grouped - zeros) * scales).view(self.out_features, -1)
+
+    def _group_values(self, part: str) -> torch.Tensor:
+        """Scales or mins of every group, float32 [out, groups, 1]."""
+        values: torch.Tensor = getattr(self, part).float()
+        if self.quant.k_grid is not None:
+            values = values.repeat_interleave(self.quant.k_grid.groups, dim=1) * getattr(self, f"sub_{part}").float()
+        return values.unsqueeze(-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out]."""

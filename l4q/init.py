@@ -14,7 +14,7 @@ clip by design and take the nearest scale.
 
 A fifth, `calibrated` (`l4q.calibrate`), is ours: it searches s and b on real inputs, and clips where that pays.
 
-`asymm` follows the kind of zero-point. "float": b as in the table, with m = b + Q_N s rounded down onto fp16 and s up.
+`asymm` follows the kind of zero-point. "float": b as in the table, with m = b + Q_N s rounded down and s up.
 "integer": only whole steps are possible, so of all z in [1, 2^n - 1] the one whose smallest non-clipping s is least.
 "none": refused, as b is zero there and the smallest non-clipping s is that of `l4q`.
 """
@@ -26,7 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from l4q.config import Init, QuantConfig, check_init
+from l4q import k_snap
+from l4q.config import Init, QuantConfig, ScaleGrid, check_init
+from l4q.k_grids import K_GRIDS
 from l4q.quant import SCALE_MAX, SCALE_MIN, ceil_scales, snap_scales
 
 
@@ -92,7 +94,7 @@ def asymm_init(grouped: torch.Tensor, quant: QuantConfig) -> Start:
     low, high = grouped.amin(-1), grouped.amax(-1)
     if quant.zero_point == "float":
         limit = torch.finfo(torch.float16).max
-        mins = floor_half(low.clamp(-limit, limit))
+        mins = floor_mins(low.clamp(-limit, limit), quant.scale_grid)
         scales = ceil_scales(((high - mins) / quant.max_code).clamp(min=SCALE_MIN), quant.scale_grid)
         return Start(scales, mins + quant.midpoint * scales)
     scales = torch.full_like(low, float("inf"))
@@ -104,6 +106,13 @@ def asymm_init(grouped: torch.Tensor, quant: QuantConfig) -> Start:
         scales = torch.minimum(scales, needed)
     scales = ceil_scales(scales.clamp(min=SCALE_MIN), quant.scale_grid)
     return Start(scales, (quant.midpoint - zeros) * scales)
+
+
+def floor_mins(mins: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
+    """Mins on the grid that are not above `mins`, which lie in fp16's range; a K grid holds none above 0."""
+    if grid in K_GRIDS:
+        return -k_snap.join(k_snap.split_above((-mins).clamp(min=0), K_GRIDS[grid], least=0))
+    return floor_half(mins)
 
 
 def floor_half(values: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from l4q.config import BaseStorage, GridLearning, Init, KernelChoice, LoraConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
+from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, SUPERBLOCK
 from l4q.linear import L4QLinear
 from l4q.rules import Override
 from l4q.starts.adopt import adopt, reproduces
@@ -40,10 +41,18 @@ class WrapReport:
     """Wrapped modules that multiply with a pre-quantized start's own weights, each of them equal."""
     notes: tuple[tuple[str, str], ...] = ()
     """(module, why not) of the other modules of a pre-quantized start; they are initialised like any weight."""
+    fallback: tuple[str, ...] = ()
+    """Wrapped modules whose rows do not fill the K grid's superblocks; they are on `QuantConfig.for_layer`'s grid."""
 
     def describe_start(self) -> list[str]:
-        """How a pre-quantized start was taken over, one line per outcome; nothing for a plain model."""
+        """What is not plain to see: layers off the K grid, and how a pre-quantized start was taken over."""
         lines = []
+        if self.fallback:
+            lines.append(
+                f"{len(self.fallback)} of {len(self.wrapped)} layers, for example {self.fallback[0]}, are on the fp16 "
+                f"grid at {FALLBACK_BITS} bits in groups of {FALLBACK_GROUP}, as their in_features are no multiple of "
+                f"{SUPERBLOCK}"
+            )
         if self.reproduced:
             lines.append(f"{len(self.reproduced)} layers start with the model's own integers, bit for bit")
         for reason, count in Counter(reason for _, reason in self.notes).items():
@@ -72,11 +81,12 @@ def wrap_linears(
 
     Args:
         model: A causal language model; its output embeddings are touched only by `quantize_head`.
-        quant: The grid.
+        quant: The grid; on a K grid, layers whose rows it does not fill take `QuantConfig.for_layer`'s.
         lora: Rank, scaling and the patterns of target modules.
         init: How scales and offsets start, see `l4q.init`.
         learning: What of the grid trains; everything by default.
-        skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping.
+        skip_indivisible: Leave layers dense whose in_features the group size does not divide, instead of stopping; on
+            a K grid those whose rows its superblocks do not fill, instead of giving them another grid.
         start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
         storage: How the frozen weights are kept, see `l4q.base`.
         moments: Of each layer's inputs, from `l4q.calibrate.input_moments`, for init "calibrated".
@@ -86,12 +96,14 @@ def wrap_linears(
         kernels: How the layers compute, see `l4q.kernels`; "auto" is the fastest that reproduces torch on the device.
 
     Raises:
-        UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, or the
-            storage cannot hold a weight.
+        UsageError: A pattern matches nothing, nothing is left to wrap, the group size does not divide a layer, a K grid
+            fits no layer, or the storage cannot hold a weight.
         UnsupportedError: The head is to be quantized, and it is the embedding matrix or no linear layer.
     """
     chosen = choose_targets(model, quant, lora.target_modules, overrides=overrides, skip=skip, head=quantize_head)
-    odd = chosen.indivisible()
+    odd, fallback = chosen.indivisible(), chosen.fallback
+    if skip_indivisible:
+        odd, fallback = [name for name in chosen.grids if name in {*odd, *fallback}], ()
     if odd and not skip_indivisible:
         raise indivisible(odd, chosen)
     wrapped = [name for name in chosen.grids if name not in set(odd)]
@@ -123,7 +135,13 @@ def wrap_linears(
             reproduced.append(name)
         elif start is not None:
             notes.append((name, own.note or f"base storage {storage} moves weights across rounding boundaries"))
-    return WrapReport(wrapped=tuple(wrapped), dense=dense, reproduced=tuple(reproduced), notes=tuple(notes))
+    return WrapReport(
+        wrapped=tuple(wrapped),
+        dense=dense,
+        reproduced=tuple(reproduced),
+        notes=tuple(notes),
+        fallback=tuple(fallback),
+    )
 
 
 def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
@@ -134,8 +152,9 @@ def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
 
 
 def trained_grid(model: nn.Module) -> QuantConfig:
-    """The grid of most wrapped layers."""
-    return Counter(layer.quant for _, layer in l4q_layers(model)).most_common(1)[0][0]
+    """The grid of most wrapped layers; a K grid if one of them is on it, as the others follow from it."""
+    grids = [layer.quant for _, layer in l4q_layers(model)]
+    return next((grid for grid in grids if grid.k_grid is not None), Counter(grids).most_common(1)[0][0])
 
 
 @contextmanager

@@ -34,7 +34,9 @@ def grid_record(weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Any]:
     """The weight's own grid, with the scale grid of `quant` if the weight is on `quant`: the values do not tell."""
     whole_row = weight.groups == 1 and (quant.group_size == PER_ROW or weight.group_size % GROUP_MULTIPLE > 0)
     group_size = PER_ROW if whole_row else weight.group_size
-    record = {"bits": weight.bits, "group_size": group_size, "zero_point": weight.zero_point}
+    record: dict[str, Any] = {"bits": weight.bits, "group_size": group_size, "zero_point": weight.zero_point}
+    if weight.k_grid is not None or quant.k_grid is not None:
+        return {**record, "scale_grid": weight.k_grid or "fp16"}
     on_grid = {**quant.to_dict(), **record} == quant.to_dict()
     return {**record, "scale_grid": quant.scale_grid} if on_grid else record
 

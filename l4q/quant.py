@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from l4q import k_snap
 from l4q.base import BaseWeight, base_rows
 from l4q.config import QuantConfig, ScaleGrid
+from l4q.k_grids import K_GRIDS
 from l4q.weight import QuantizedWeight
 
 # Smallest value both scale grids hold (2**-20 is the least fp16 subnormal with its four low bits clear), and a bound
@@ -86,10 +88,13 @@ class ScaleGradient(torch.autograd.Function):
 def snap_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
     """Nearest scales on the grid, within [SCALE_MIN, SCALE_MAX], in the dtype of `scales`.
 
-    Both grids are subsets of fp16; "fp16_s7" also clears the four low mantissa bits (round half to even), leaving 7
-    significant bits, so that s * z is exact in fp16 for every 4-bit z.
+    "fp16" and "fp16_s7" are subsets of fp16; the latter also clears the four low mantissa bits (round half to even),
+    leaving 7 significant bits, so that s * z is exact in fp16 for every 4-bit z. The K grids are those of `l4q.k_snap`.
     """
-    half = scales.detach().clamp(SCALE_MIN, SCALE_MAX).to(torch.float16)
+    bounded = scales.detach().clamp(SCALE_MIN, SCALE_MAX)
+    if grid in K_GRIDS:
+        return k_snap.join(k_snap.split(bounded, K_GRIDS[grid], least=1))
+    half = bounded.to(torch.float16)
     if grid == "fp16_s7":
         bits = half.view(torch.int16).to(torch.int32)
         half = ((bits + 7 + ((bits >> 4) & 1)) & ~15).to(torch.int16).view(torch.float16)
@@ -97,18 +102,28 @@ def snap_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
 
 
 def ceil_scales(scales: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
-    """Smallest scales on the grid that are not below `scales`."""
+    """Smallest scales on the grid that are not below `scales`; on a K grid, smallest for the units it chooses."""
+    if grid in K_GRIDS:
+        return k_snap.join(k_snap.split_above(scales.detach().clamp(SCALE_MIN, SCALE_MAX), K_GRIDS[grid], least=1))
     snapped = snap_scales(scales, grid)
     step = 16 if grid == "fp16_s7" else 1
     above = (snapped.to(torch.float16).view(torch.int16) + step).view(torch.float16).to(scales.dtype)
     return torch.where(snapped < scales, above, snapped).clamp(max=SCALE_MAX)
 
 
+def snap_mins(mins: torch.Tensor, grid: ScaleGrid | None) -> torch.Tensor:
+    """Nearest mins on the grid: fp16 numbers, or on a K grid non-positive fp16 numbers times 6-bit integers."""
+    limit = torch.finfo(torch.float16).max
+    if grid in K_GRIDS:
+        return -k_snap.join(k_snap.split((-mins.detach()).clamp(0, limit), K_GRIDS[grid], least=0))
+    return mins.detach().clamp(-limit, limit).to(torch.float16).to(mins.dtype)
+
+
 def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig) -> GridParams:
     """Snap trainable s and b onto the grid, with straight-through gradients.
 
     "none": m = Q_N * s.  "integer": z = clamp(round(-Q_N - b / s), 1, 2**n - 1), m = -z * s.
-    "float": m = fp16(b + Q_N * s).
+    "float": m = fp16(b + Q_N * s), or the nearest value of the K grid.
     """
     snapped = StraightThrough.apply(scales, snap_scales(scales, quant.scale_grid))
     if quant.zero_point == "none":
@@ -119,8 +134,7 @@ def grid_params(scales: torch.Tensor, offsets: torch.Tensor, quant: QuantConfig)
         zeros = StraightThrough.apply(free, free.detach().round().clamp(1, quant.max_code))
         return GridParams(snapped, -(zeros * snapped), zeros)
     free = offsets - quant.midpoint * snapped
-    limit = torch.finfo(torch.float16).max
-    mins = StraightThrough.apply(free, free.detach().clamp(-limit, limit).to(torch.float16).to(free.dtype))
+    mins = StraightThrough.apply(free, snap_mins(free, quant.scale_grid))
     return GridParams(snapped, mins, -mins / snapped)
 
 
@@ -194,13 +208,30 @@ def freeze_weight(
         codes[rows] = block.view(-1, weight.shape[1]).to(torch.uint8)
     return QuantizedWeight(
         codes=codes.cpu().numpy(),
-        scales=params.scales.to(torch.float16).cpu().numpy(),
-        zeros=params.zeros.to(torch.uint8).cpu().numpy() if quant.zero_point == "integer" else None,
-        mins=params.mins.to(torch.float16).cpu().numpy() if quant.zero_point == "float" else None,
+        **_group_arrays(params, quant),
         bits=quant.bits,
         group_size=quant.resolve_group_size(weight.shape[1]),
         name=name,
     )
+
+
+def _group_arrays(params: GridParams, quant: QuantConfig) -> dict[str, Any]:
+    """The group parameters as `QuantizedWeight` keeps them, NumPy arrays by field."""
+    parts: dict[str, torch.Tensor] = {"scales": params.scales}
+    if quant.zero_point == "integer":
+        parts["zeros"] = params.zeros
+    if quant.zero_point == "float":
+        parts["mins"] = params.mins
+    if quant.k_grid is not None:
+        parts["scales"], parts["sub_scales"] = k_snap.split(params.scales, quant.k_grid, least=1)
+        if quant.zero_point == "float":
+            units, parts["sub_mins"] = k_snap.split(-params.mins, quant.k_grid, least=0)
+            parts["mins"] = -units
+    halves = ("scales", "mins")
+    return {
+        name: part.detach().to(torch.float16 if name in halves else torch.uint8).cpu().numpy()
+        for name, part in parts.items()
+    }
 
 
 def _code_blocks(

@@ -25,6 +25,7 @@ from l4q.model import l4q_layers, load_trainable_state, trained_grid
 from l4q.quant import merge_lora
 from l4q.run_folder import RunFolder
 from l4q.state_tensors import saved_tensors
+from l4q.targets import require_k_layers
 from l4q.train import Evaluator, evaluation_windows, load_model, save_frozen, wrap_model
 from l4q.train_options import EvalOptions, TrainOptions
 from l4q.train_state import TRAINABLE, is_intact, list_states, read_json
@@ -192,10 +193,15 @@ def regrid_model(model: torch.nn.Module, target: Callable[[QuantConfig], QuantCo
 
     Returns:
         One entry per layer, and "overall" last.
+
+    Raises:
+        UsageError: Bits or group size differ, or the target is a K grid that fits no layer.
     """
+    asked = {name: target(layer.quant) for name, layer in l4q_layers(model)}
+    require_k_layers(asked, {name: layer.in_features for name, layer in l4q_layers(model)})
     total, losses = _Sums(), []
     for name, layer in l4q_layers(model):
-        sums = _regrid(layer, target(layer.quant))
+        sums = _regrid(layer, asked[name])
         total.add(sums)
         losses.append(sums.loss(name))
     return [*losses, total.loss("overall")]
@@ -203,7 +209,7 @@ def regrid_model(model: torch.nn.Module, target: Callable[[QuantConfig], QuantCo
 
 def _regrid(layer: L4QLinear, target: QuantConfig) -> _Sums:
     before = layer.quantized_weight()
-    layer.regrid(target)
+    layer.regrid(target.for_layer(layer.in_features))
     after = layer.quantized_weight()
     sums = _Sums()
     for rows in _slices(before):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from l4q.config import GROUP_MULTIPLE, QuantConfig
 from l4q.errors import UnsupportedError, UsageError
+from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, SUPERBLOCK
 from l4q.rules import Override, grids_of, matches, require_used
 
 
@@ -20,6 +21,8 @@ class Targets:
     """All linear layers of the model by dotted name, in model order."""
     grids: dict[str, QuantConfig]
     """The grid of every layer to quantize, in model order."""
+    fallback: tuple[str, ...] = ()
+    """Those of them whose rows a K grid does not fill, so that they are on `QuantConfig.for_layer`'s."""
 
     def indivisible(self) -> list[str]:
         """Layers to quantize whose in_features their group size does not divide."""
@@ -47,7 +50,7 @@ def choose_targets(
         head: Whether the output head is a target.
 
     Raises:
-        UsageError: A pattern matches nothing.
+        UsageError: A pattern matches nothing, or a K grid fits no layer.
         UnsupportedError: The head is a target, and it is the embedding matrix or no linear layer.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -58,7 +61,30 @@ def choose_targets(
     names = [name for name in linears if name in chosen]
     require_used("skip", skip, names)
     names = [name for name in names if not any(matches(name, pattern) for pattern in skip)]
-    return Targets(linears=linears, grids=grids_of(names, quant, overrides))
+    asked = grids_of(names, quant, overrides)
+    sizes = {name: linears[name].in_features for name in names}
+    require_k_layers(asked, sizes)
+    grids = {name: grid.for_layer(sizes[name]) for name, grid in asked.items()}
+    fallback = tuple(name for name, grid in grids.items() if grid != asked[name])
+    return Targets(linears=linears, grids=grids, fallback=fallback)
+
+
+def require_k_layers(asked: Mapping[str, QuantConfig], in_features: Mapping[str, int]) -> None:
+    """Refuse a K grid that none of the layers it is asked for can be on.
+
+    Raises:
+        UsageError: See above.
+    """
+    wanted = {name: grid for name, grid in asked.items() if grid.k_grid is not None}
+    if wanted and all(grid.for_layer(in_features[name]) != grid for name, grid in wanted.items()):
+        first = next(iter(wanted))
+        raise UsageError(
+            f"scale_grid {wanted[first].scale_grid} fits none of the layers",
+            where=first,
+            got=f"in_features {sorted({in_features[name] for name in wanted})}",
+            expected=f"multiples of {SUPERBLOCK}",
+            remedy=f"use --scale-grid fp16 --bits {FALLBACK_BITS} --group-size {FALLBACK_GROUP}",
+        )
 
 
 def head_name(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from l4q.config import SUPPORTED_BITS, ZeroPoint
 from l4q.errors import UnsupportedError, UsageError
+from l4q.k_grids import K_GRIDS, SUPERBLOCK
 
 U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
@@ -28,6 +29,10 @@ class QuantizedWeight:
 
     The first two are exact in float32 (16 significant bits at most); the third rounds once.
 
+    On a K grid (`l4q.k_grids`), a superblock of 256 columns shares one value of scales and of mins, and with
+    k = i // 256 the equations hold with scales[o, k] * sub_scales[o, g] in place of scales[o, g] and
+    mins[o, k] * sub_mins[o, g] in place of mins[o, g]. Both products are exact in float32 (17 significant bits).
+
     Raises:
         UsageError: A shape, dtype or value breaks the equation's ranges; the message names field, got and expected.
     """
@@ -35,11 +40,15 @@ class QuantizedWeight:
     codes: U8
     """[out_features, in_features], values in [0, 2**bits)."""
     scales: F16
-    """[out_features, groups], finite and > 0."""
+    """[out_features, groups], finite and > 0; on a K grid [out_features, in_features / 256]."""
     zeros: U8 | None = None
     """[out_features, groups], values in [1, 2**bits - 1], so that GPTQ v1's zero - 1 fits too."""
     mins: F16 | None = None
-    """[out_features, groups], finite: the value of code 0."""
+    """[out_features, groups], finite: the value of code 0; on a K grid [out_features, in_features / 256] and <= 0."""
+    sub_scales: U8 | None = None
+    """[out_features, groups], on a K grid only: values in [1, 63] at 4 bits, [1, 31] at 3 bits."""
+    sub_mins: U8 | None = None
+    """[out_features, groups], values in [0, 63]; on a K grid with mins only."""
     bits: int
     group_size: int
     """Columns per group; divides in_features."""
@@ -62,13 +71,37 @@ class QuantizedWeight:
         )
         self._check(self.zeros is None or self.mins is None, "zeros and mins", "both", "at most one of them")
         self._check_range("codes", self.codes, 0, (1 << self.bits) - 1)
-        self._check_group_array("scales", self.scales, np.float16)
+        grouped = (self.out_features, self.groups)
+        shared = grouped if self.sub_scales is None else self._check_k_grid(self.sub_scales)
+        paired = (self.sub_scales is not None and self.mins is not None) == (self.sub_mins is not None)
+        self._check(paired, "sub_mins", "sub_mins without sub_scales and mins, or the reverse", "all three or none")
+        self._check_array("scales", self.scales, np.float16, shared)
         self._check(bool((self.scales > 0).all()), "scales", float(self.scales.min()), "positive values")
         if self.zeros is not None:
-            self._check_group_array("zeros", self.zeros, np.uint8)
+            self._check_array("zeros", self.zeros, np.uint8, grouped)
             self._check_range("zeros", self.zeros, 1, (1 << self.bits) - 1)
         if self.mins is not None:
-            self._check_group_array("mins", self.mins, np.float16)
+            self._check_array("mins", self.mins, np.float16, shared)
+            positive = self.sub_mins is not None and bool((self.mins > 0).any())
+            self._check(not positive, "mins", "values above 0", "values <= 0 on a K grid")
+
+    def _check_k_grid(self, sub_scales: U8) -> tuple[int, int]:
+        """Check the integers of a K grid; returns the shape of the fp16 numbers they multiply."""
+        known = "; ".join(f"{grid.bits} bits in groups of {grid.group_size}" for grid in K_GRIDS.values())
+        grid = K_GRIDS.get(str(self.k_grid))
+        self._check(
+            grid is not None and self.group_size == grid.group_size and self.in_features % SUPERBLOCK == 0,
+            "sub_scales",
+            f"{self.bits} bits in groups of {self.group_size}, in_features {self.in_features}",
+            f"{known}; in_features a multiple of {SUPERBLOCK}",
+        )
+        kinds, top = K_GRIDS[str(self.k_grid)].zero_points, K_GRIDS[str(self.k_grid)].top
+        self._check(self.zero_point in kinds, "zero_point", self.zero_point, f"one of {kinds} on this K grid")
+        parts = {"sub_scales": (sub_scales, 1)} | ({} if self.sub_mins is None else {"sub_mins": (self.sub_mins, 0)})
+        for field, (array, least) in parts.items():
+            self._check_array(field, array, np.uint8, (self.out_features, self.groups))
+            self._check_range(field, array, least, top)
+        return (self.out_features, self.in_features // SUPERBLOCK)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,6 +130,21 @@ class QuantizedWeight:
             return "float"
         return "none" if self.zeros is None else "integer"
 
+    @cached_property
+    def k_grid(self) -> str | None:
+        """The K grid the weight is on, if it is on one."""
+        if self.sub_scales is None:
+            return None
+        return next((name for name, grid in K_GRIDS.items() if grid.bits == self.bits), None)
+
+    def group_scales(self) -> F32:
+        """The scale of every group, float32 [out_features, groups]; exact."""
+        return _group_values(self.scales, self.sub_scales)
+
+    def group_mins(self) -> F32 | None:
+        """The value of code 0 in every group, float32 [out_features, groups]; exact. None without mins."""
+        return None if self.mins is None else _group_values(self.mins, self.sub_mins)
+
     def integer_zeros(self) -> U8:
         """Zero-points as codes, uint8 [out_features, groups]: `zeros`, or 2**(bits-1) everywhere for "none".
 
@@ -112,14 +160,14 @@ class QuantizedWeight:
             )
         if self.zeros is not None:
             return self.zeros
-        return np.full(self.scales.shape, 1 << (self.bits - 1), dtype=np.uint8)
+        return np.full((self.out_features, self.groups), 1 << (self.bits - 1), dtype=np.uint8)
 
     def dequantize(self) -> F32:
         """The float32 weight [out_features, in_features] by the class equation."""
         codes = self.codes.reshape(self.out_features, self.groups, self.group_size)  # [out, groups, group_size]
-        scales = self.scales.astype(np.float32)[:, :, None]
-        if self.mins is not None:
-            values = codes.astype(np.float32) * scales + self.mins.astype(np.float32)[:, :, None]
+        scales, mins = self.group_scales()[:, :, None], self.group_mins()
+        if mins is not None:
+            values = codes.astype(np.float32) * scales + mins[:, :, None]
         else:
             values = (codes.astype(np.float32) - self.integer_zeros().astype(np.float32)[:, :, None]) * scales
         return values.reshape(self.shape)
@@ -134,8 +182,9 @@ class QuantizedWeight:
                 remedy="the file is damaged or was not written by l4q; write the checkpoint again",
             )
 
-    def _check_group_array(self, field: str, array: npt.NDArray[np.generic], dtype: type[np.generic]) -> None:
-        expected = (self.out_features, self.groups)
+    def _check_array(
+        self, field: str, array: npt.NDArray[np.generic], dtype: type[np.generic], expected: tuple[int, int]
+    ) -> None:
         self._check(
             array.dtype == dtype and array.shape == expected,
             field,
@@ -149,3 +198,11 @@ class QuantizedWeight:
     def _check_range(self, field: str, array: U8, low: int, high: int) -> None:
         smallest, largest = int(array.min()), int(array.max())
         self._check(low <= smallest and largest <= high, field, f"[{smallest}, {largest}]", f"[{low}, {high}]")
+
+
+def _group_values(shared: F16, integers: U8 | None) -> F32:
+    """One number per group, float32 [out, groups]; on a K grid the superblock's fp16 number times the integers."""
+    values = shared.astype(np.float32)
+    if integers is None:
+        return values
+    return np.repeat(values, integers.shape[1] // values.shape[1], axis=1) * integers.astype(np.float32)

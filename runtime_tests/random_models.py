@@ -11,6 +11,7 @@ import torch
 
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.config import QuantConfig
+from l4q.k_grids import SUPERBLOCK
 from l4q.weight import QuantizedWeight
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
@@ -31,13 +32,16 @@ def random_weight(
 
     Args:
         shape: [out_features, in_features].
-        quant: The grid.
+        quant: The grid; as everywhere, a layer whose rows a K grid does not fill gets `QuantConfig.for_layer`'s.
         seed: Of everything random here.
         group_size: Columns per group, in place of the grid's.
         scales: Range they are drawn from.
         mins: The same for float zero-points.
         scale_mask: Bits kept of each fp16 scale.
     """
+    quant = quant.for_layer(shape[1])
+    if quant.k_grid is not None:
+        return random_k_weight(shape, quant, seed, scales=scales, lowest=mins[0])
     rng = np.random.default_rng(seed)
     columns = group_size or quant.resolve_group_size(shape[1])
     grouped = (shape[0], shape[1] // columns)
@@ -53,6 +57,34 @@ def random_weight(
         mins=offsets,
         bits=quant.bits,
         group_size=columns,
+    )
+
+
+def random_k_weight(
+    shape: tuple[int, ...], quant: QuantConfig, seed: int, *, scales: tuple[float, float], lowest: float
+) -> QuantizedWeight:
+    """Codes and integer scales and mins over their whole range on a K grid.
+
+    Args:
+        shape: [out_features, in_features].
+        quant: The grid.
+        seed: Of everything random here.
+        scales: Range of the superblocks' largest scales.
+        lowest: The least of the mins.
+    """
+    grid = quant.k_grid
+    assert grid is not None
+    rng = np.random.default_rng(seed)
+    shared, grouped = (shape[0], shape[1] // SUPERBLOCK), (shape[0], shape[1] // grid.group_size)
+    free = quant.zero_point == "float"
+    return QuantizedWeight(
+        codes=rng.integers(0, quant.max_code + 1, shape, dtype=np.uint8),
+        scales=(rng.uniform(*scales, shared) / grid.top).astype(np.float16),
+        sub_scales=rng.integers(1, grid.top + 1, grouped, dtype=np.uint8),
+        mins=(rng.uniform(lowest, 0, shared) / grid.top).astype(np.float16) if free else None,
+        sub_mins=rng.integers(0, grid.top + 1, grouped, dtype=np.uint8) if free else None,
+        bits=quant.bits,
+        group_size=grid.group_size,
     )
 
 

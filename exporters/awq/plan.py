@@ -17,6 +17,7 @@ from exporters.hf_plan import (
     refuse_siblings,
     vllm_problems,
 )
+from exporters.k_grid import refuse_k_grid
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from exporters.tensor_parallel import split_notes
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
@@ -33,6 +34,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     Raises:
         UnsupportedError: A module's grid or size does not fit the format; the message lists all of them.
     """
+    refuse_k_grid(checkpoint, LABEL)
     refuse_float(checkpoint, LABEL)
     width = container_bits(checkpoint, options)
     refuse_mixed_groups(checkpoint, LABEL)

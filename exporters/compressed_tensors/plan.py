@@ -18,6 +18,7 @@ from exporters.hf_plan import (
     skipped_linears,
     vllm_problems,
 )
+from exporters.k_grid import refuse_k_grid
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from exporters.tensor_parallel import split_notes
 from exporters.words import run_length
@@ -56,6 +57,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     Raises:
         UnsupportedError: A module has float zero-points, or the container cannot be written.
     """
+    refuse_k_grid(checkpoint, LABEL)
     refuse_float(checkpoint, LABEL)
     refuse_siblings(checkpoint, LABEL)
     width, found = container_bits(checkpoint, options), module_schemes(checkpoint)

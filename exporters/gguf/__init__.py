@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp: trained integers packed into Q4_0, Q4_1 or Q5_0 blocks without requantization."""
+"""GGUF for llama.cpp: trained integers packed into Q4_0, Q4_1, Q5_0, Q4_K or Q3_K blocks without requantization."""
 
 from __future__ import annotations
 

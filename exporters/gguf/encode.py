@@ -1,6 +1,7 @@
 """Which block type holds a `QuantizedWeight` exactly, and its bytes in that type.
 
-A type is judged by its own equation in float32: Q4_0 = d * (q - 8), Q4_1 = d * q + m, Q5_0 = d * (q - 16).
+A type is judged by its own equation in float32: Q4_0 = d * (q - 8), Q4_1 = d * q + m, Q5_0 = d * (q - 16),
+Q4_K = (d * sc) * q - (dmin * mn), Q3_K = (d * sc) * (q - 4).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from exporters.gguf.encode_k import TYPE_OF_GRID, encode_q3_k, encode_q4_k, off_superblocks, q4_k_numbers
 from exporters.gguf.pack import BLOCK, BLOCK_BYTES, U8, pack_q4_0, pack_q4_1, pack_q5_0
+from exporters.gguf.pack_k import SUPERBLOCK_BYTES
 from exporters.plan import Fidelity, GgufType
 from l4q.checkpoint import WeightInfo
 from l4q.errors import UnsupportedError
+from l4q.k_grids import SUPERBLOCK
 from l4q.weight import QuantizedWeight
 
 
@@ -40,11 +44,23 @@ class Encoding:
 def choose_encoding(subject: Subject, requested: GgufType) -> Encoding:
     """The block type for a weight: the requested one, or for "auto" the smallest that is exact.
 
+    "auto" takes K types for weights on the K grids only: they round activations more coarsely than Q4_0 and its kin.
+
     Raises:
-        UnsupportedError: The requested type cannot hold the zero-points of this weight at all.
+        UnsupportedError: The requested type cannot hold the scales or zero-points of this weight at all.
     """
+    grid = subject.info.k_grid
+    if grid is not None and requested not in (TYPE_OF_GRID[grid], "auto", "F32"):
+        raise UnsupportedError(
+            f"{requested} has one fp16 scale per block; the scales of {grid} are fp16 numbers times integers",
+            where=subject.name,
+            expected=f"{TYPE_OF_GRID[grid]}, or F32",
+            remedy="use --gguf-type auto",
+        )
     if requested != "auto":
         return _JUDGES[requested](subject)
+    if grid is not None:
+        return _JUDGES[TYPE_OF_GRID[grid]](subject)
     if subject.info.zero_point == "float":
         return _judge_q4_1(subject)
     if fits_q4_0(subject):
@@ -64,6 +80,8 @@ def encode(weight: QuantizedWeight, encoding: str) -> npt.NDArray[np.generic]:
 def encoded_nbytes(shape: tuple[int, int], encoding: str) -> int:
     """Bytes of a [rows, columns] tensor in an encoding."""
     rows, columns = shape
+    if encoding in SUPERBLOCK_BYTES:
+        return rows * (columns // SUPERBLOCK) * SUPERBLOCK_BYTES[encoding]
     return rows * columns * 4 if encoding == "F32" else rows * (columns // BLOCK) * BLOCK_BYTES[encoding]
 
 
@@ -129,6 +147,42 @@ def _judge_q5_0(subject: Subject) -> Encoding:
     return Encoding(name="Q5_0", fidelity=Fidelity.EXACT, reason="stored code is q - z + 16")
 
 
+def _judge_q4_k(subject: Subject) -> Encoding:
+    _require_superblocks(subject, "Q4_K")
+    if not all(np.isfinite(part).all() for part in q4_k_numbers(subject.read())):
+        raise UnsupportedError(
+            "Q4_K cannot hold these scales: 2**(bits-1) * scale overflows fp16",
+            where=subject.name,
+            remedy="use --gguf-type auto, or F32 if they are on the K grid",
+        )
+    reasons = {"float": "scales and mins as trained", "integer": "dmin = d, mn = z", "none": "dmin = 8 d, mn = sc"}
+    return Encoding(name="Q4_K", fidelity=Fidelity.EXACT, reason=reasons[subject.info.zero_point])
+
+
+def _judge_q3_k(subject: Subject) -> Encoding:
+    _require_superblocks(subject, "Q3_K")
+    if subject.info.bits > 3 or subject.info.zero_point != "none":
+        raise UnsupportedError(
+            "Q3_K holds symmetric codes of at most 3 bits",
+            where=subject.name,
+            got=f"{subject.info.bits}-bit codes with zero-point {subject.info.zero_point}",
+            remedy="use --gguf-type auto",
+        )
+    return Encoding(name="Q3_K", fidelity=Fidelity.EXACT, reason="d and sc as trained")
+
+
+def _require_superblocks(subject: Subject, kind: str) -> None:
+    problem = off_superblocks(subject.info)
+    if problem:
+        raise UnsupportedError(
+            f"{kind} cannot hold these scales",
+            where=subject.name,
+            got=problem,
+            expected="a K grid, or groups of whole superblocks",
+            remedy="use --gguf-type auto",
+        )
+
+
 def _judge_f32(subject: Subject) -> Encoding:
     return Encoding(name="F32", fidelity=Fidelity.EXACT, reason="dequantized on request")
 
@@ -166,6 +220,8 @@ _JUDGES: Final[dict[str, Callable[[Subject], Encoding]]] = {
     "Q4_0": _judge_q4_0,
     "Q4_1": _judge_q4_1,
     "Q5_0": _judge_q5_0,
+    "Q4_K": _judge_q4_k,
+    "Q3_K": _judge_q3_k,
     "F32": _judge_f32,
 }
 
@@ -173,5 +229,7 @@ _ENCODERS: Final[dict[str, Callable[[QuantizedWeight], npt.NDArray[np.generic]]]
     "Q4_0": _encode_q4_0,
     "Q4_1": _encode_q4_1,
     "Q5_0": _encode_q5_0,
+    "Q4_K": encode_q4_k,
+    "Q3_K": encode_q3_k,
     "F32": _encode_f32,
 }

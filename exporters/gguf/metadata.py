@@ -29,6 +29,8 @@ FILE_TYPES: Final = {
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
     "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "Q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "Q4_K": gguf.LlamaFileType.MOSTLY_Q4_K_S,
+    "Q3_K": gguf.LlamaFileType.MOSTLY_Q3_K_S,
 }
 """general.file_type, a label, by the encoding of most bytes."""
 

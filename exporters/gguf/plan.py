@@ -18,6 +18,7 @@ from exporters.gguf.vocab import read_vocabulary
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, GgufEmbeddings, GgufType, PlannedTensor, RuntimeSupport
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
+from l4q.k_grids import SUPERBLOCK
 
 ROPE_SOURCE: Final = "config.json rope parameters"
 """Name of the RoPE divisors, which come from config.json rather than from a tensor."""
@@ -62,7 +63,12 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         format="gguf",
         tensors=tensors,
         runtimes=(RuntimeSupport(runtime="llama.cpp", loads=True),),
-        notes=(f"file: {file_name(checkpoint, tensors)}", *notes(architecture, checkpoint.config), *vocabulary.notes),
+        notes=(
+            f"file: {file_name(checkpoint, tensors)}",
+            *_k_grid_notes(checkpoint),
+            *notes(architecture, checkpoint.config),
+            *vocabulary.notes,
+        ),
     )
 
 
@@ -91,7 +97,7 @@ def _check_blocks(checkpoint: L4QCheckpoint) -> None:
     offending = [
         f"{module} (in_features {info.in_features}, group_size {info.group_size})"
         for module, info in infos.items()
-        if info.in_features % BLOCK or info.group_size % BLOCK
+        if info.in_features % BLOCK or (info.group_size % BLOCK and info.k_grid is None)
     ]
     if offending:
         raise UnsupportedError(
@@ -106,6 +112,7 @@ def _plan_quantized(checkpoint: L4QCheckpoint, module: str, target: str, request
     info = checkpoint.info(module)
     read = functools.cache(lambda: checkpoint.quantized(module))
     encoding = choose_encoding(Subject(name=module, info=info, read=read), requested)
+    off = _off_k_grid(checkpoint, module)
     shape = (info.out_features, info.in_features)
     return PlannedTensor(
         name=module,
@@ -114,9 +121,28 @@ def _plan_quantized(checkpoint: L4QCheckpoint, module: str, target: str, request
         shape=shape,
         nbytes=encoded_nbytes(shape, encoding.name),
         fidelity=encoding.fidelity,
-        reason=encoding.reason,
+        reason=f"{encoding.reason}; {off}" if off else encoding.reason,
         quantized=True,
     )
+
+
+def _off_k_grid(checkpoint: L4QCheckpoint, module: str) -> str:
+    """Why a module of a checkpoint on a K grid is not on it, or ""."""
+    info = checkpoint.info(module)
+    if checkpoint.quant.k_grid is None or info.k_grid is not None:
+        return ""
+    return f"trained on the fp16 grid, as in_features {info.in_features} is no multiple of {SUPERBLOCK}"
+
+
+def _k_grid_notes(checkpoint: L4QCheckpoint) -> list[str]:
+    off = [module for module in checkpoint.modules if _off_k_grid(checkpoint, module)]
+    if not off:
+        return []
+    sizes = sorted({checkpoint.info(module).in_features for module in off})
+    return [
+        f"{len(off)} of {len(checkpoint.modules)} quantized tensors are off the K grid, as their in_features {sizes} "
+        f"are no multiples of {SUPERBLOCK}"
+    ]
 
 
 def _plan_dense(

@@ -18,6 +18,7 @@ from exporters.hf_plan import (
     refuse_siblings,
     vllm_problems,
 )
+from exporters.k_grid import refuse_k_grid
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from exporters.tensor_parallel import split_notes
 from exporters.words import WORD_BITS, run_length
@@ -35,6 +36,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     Raises:
         UnsupportedError: A module's grid or size does not fit the format; the message lists all of them.
     """
+    refuse_k_grid(checkpoint, LABEL)
     refuse_float(checkpoint, LABEL)
     width = container_bits(checkpoint, options)
     refuse_siblings(checkpoint, LABEL)

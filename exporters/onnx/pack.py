@@ -154,14 +154,15 @@ def float_center(weight: QuantizedWeight) -> int:
 
 
 def _group_bias(weight: QuantizedWeight, center: int) -> npt.NDArray[np.float64]:
-    if weight.mins is None:
+    mins = weight.group_mins()
+    if mins is None:
         raise UsageError("only a float zero-point has a group bias", where=weight.name, got=weight.zero_point)
-    return weight.mins.astype(np.float64) + weight.scales.astype(np.float64) * center  # [N, groups]
+    return mins.astype(np.float64) + weight.group_scales().astype(np.float64) * center  # [N, groups]
 
 
 def pack_linear(weight: QuantizedWeight, block: int) -> PackedLinear:
     """Lay out one weight with `block` columns per scale; exact for every zero-point kind."""
-    scales = block_rows(weight.scales.astype(np.float32), in_features=weight.in_features, block=block)
+    scales = block_rows(weight.group_scales(), in_features=weight.in_features, block=block)
     zeros: U8 | None = None
     group_bias: F32 | None = None
     signed = weight.zero_point == "none"

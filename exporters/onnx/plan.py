@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from exporters.k_grid import refuse_k_grid
 from exporters.onnx.family import EMBEDDING, ModelSpec, read_spec
 from exporters.onnx.pack import choose_block
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
@@ -49,6 +50,8 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     """
     spec = read_spec(checkpoint.architecture, checkpoint.config)
     _check_names(checkpoint, spec)
+    if options.onnx_scales == "float16":
+        refuse_k_grid(checkpoint, "ONNX with --onnx-scales float16", remedy="use --onnx-scales float32")
     tensors = [_plan_linear(checkpoint, module, options) for module in checkpoint.modules]
     tensors += [_plan_dense(checkpoint, name) for name in checkpoint.dense_names]
     level = options.onnx_accuracy_level

@@ -59,7 +59,7 @@ def mismatch(grid: LinearGrid, quant: QuantConfig) -> str:
 
 def fit_scale_grid(grids: Iterable[LinearGrid], quant: QuantConfig) -> QuantConfig:
     """The asked grid, with scale_grid fp16 instead of fp16_s7 if that is what it takes to hold the start's scales."""
-    if quant.scale_grid == "fp16":
+    if quant.scale_grid != "fp16_s7":  # K grids fix the group size, which the fp16 grid may not take
         return quant
     wide = replace(quant, scale_grid="fp16")
     for grid in grids:
