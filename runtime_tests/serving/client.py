@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from threading import Barrier
 from typing import Any
 
-import httpx
 import openai
 
 Messages = Sequence[Mapping[str, str]]
@@ -42,10 +41,12 @@ class Client:
         self.url = url
         self._timeout_s = timeout_s
         self._fields = dict(fields or {})
-        # retries would hide a server that drops requests
-        self._http = httpx.Client(trust_env=False, timeout=timeout_s)  # no proxy on the way
         self._api = openai.OpenAI(
-            base_url=f"{url}/v1", api_key="none", timeout=timeout_s, max_retries=0, http_client=self._http
+            base_url=f"{url}/v1",
+            api_key="none",
+            timeout=timeout_s,
+            max_retries=0,  # retries would hide a server that drops requests
+            http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy on the way
         )
 
     def models(self) -> list[str]:
@@ -125,9 +126,8 @@ class Client:
         )
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        reply = self._http.post(f"{self.url}/{path}", json=body)
-        reply.raise_for_status()
-        return dict(reply.json())
+        # cast_to=object leaves the JSON as it is
+        return dict(self._api.post(f"{self.url}/{path}", cast_to=object, body=body))  # type: ignore[call-overload]
 
 
 def _ids(choice: Any, entries: Sequence[Any]) -> tuple[int, ...]:
