@@ -15,7 +15,7 @@ from l4q.errors import UnsupportedError, UsageError
 from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.serving.client import Answer
 from runtime_tests.serving.judge import Expected, compare_answer, expect, prompt_problems, same_answer
-from runtime_tests.serving.runtimes import serve
+from runtime_tests.serving.runtimes import ServeOptions, serve
 from runtime_tests.serving.server import HOST, Server, ServerError, free_port, group_members
 from tools.serve_check import command
 
@@ -80,6 +80,18 @@ def test_serve_check_needs_a_chat_template(glass_checkpoint: CheckpointMaker) ->
     with pytest.raises(UnsupportedError, match="no chat template") as raised:
         expect(glass_checkpoint("none"), 4)
     assert "chat_template.jinja" in str(raised.value)
+
+
+def test_another_interpreter_serves(tmp_path: Path) -> None:
+    """--python is used for its runtime only, and a wrong form is refused."""
+    (tmp_path / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho another interpreter got $2 >&2\nexit 5\n")
+    other.chmod(0o755)
+    with pytest.raises(ServerError, match=r"exit code 5(.|\n)*another interpreter got runtime_tests.serving.llamacpp"):
+        serve(tmp_path, ServeOptions(pythons={"llamacpp": str(other), "vllm": "/nowhere"}))
+    with pytest.raises(UsageError, match="--python takes ENGINE=PATH"):
+        command.main(["checkpoint", str(tmp_path), "--python", "vllm"], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from l4q.errors import VerificationError
 @click.option("--context", default=512, show_default=True, type=click.IntRange(1), help="Prompt and answer, in tokens.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads per server.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds a server may take to start.")
+@click.option("--python", "pythons", multiple=True, metavar="RUNTIME=PATH", help="Another interpreter for a server.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     checkpoint: Path,
@@ -37,19 +38,21 @@ def command(
     context: int,
     threads: int,
     timeout: float,
+    pythons: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Serve every folder of EXPORTS and compare greedy chats with torch float32 on CHECKPOINT.
 
     Exit code 4 if a server does not start or answers anything but the checkpoint's text.
     """
+    from runtime_tests.run import engine_pythons
     from runtime_tests.serving.judge import expect
     from runtime_tests.serving.runtimes import ServeOptions, runtime_of
 
+    options = ServeOptions(context=context, threads=threads, timeout_s=timeout, pythons=engine_pythons(pythons))
     for folder in exports:  # refuse before anything runs
         runtime_of(folder)
     expected = expect(checkpoint, new_tokens)
-    options = ServeOptions(context=context, threads=threads, timeout_s=timeout)
     rows = [check(folder, expected, new_tokens, options) for folder in exports]
     if as_json:
         click.echo(json.dumps(rows, indent=2))

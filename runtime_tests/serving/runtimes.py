@@ -27,8 +27,8 @@ class ServeOptions:
     """Compute threads."""
     timeout_s: float = 600.0
     """Longest wait for health, in seconds."""
-    python: str = sys.executable
-    """Interpreter that has the runtime."""
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    """Runtime -> interpreter that has it; the current one by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def serve(folder: Path, options: ServeOptions | None = None) -> Server:
     name = runtime_of(folder)
     port = free_port()
     return Server(
-        [options.python, *RUNTIMES[name].command(folder.resolve(), port, options)],
+        [options.pythons.get(name, sys.executable), *RUNTIMES[name].command(folder.resolve(), port, options)],
         url=f"http://{HOST}:{port}",
         environment=server_environment(name, options.threads),
         timeout_s=options.timeout_s,
