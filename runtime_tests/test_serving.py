@@ -70,7 +70,7 @@ def damage_row(path: Path) -> None:
 def expected(site: Path) -> list[Expected]:
     """The oracle's greedy answers; with what it is sure of, a test can be sure of something."""
     answers = expect(site / "RUN" / "checkpoint", NEW_TOKENS)
-    assert sum(int((one.margins > 0.2).sum()) for one in answers) > 40
+    assert sum(margin > 0.2 for one in answers for margin in one.margins) > 40
     assert answers[0].text == "The capital of France is Paris, France."
     return answers
 

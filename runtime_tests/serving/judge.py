@@ -1,20 +1,19 @@
 """Judge a server's answers by the oracle: torch in float32 on the dequantized checkpoint.
 
-The rule of greedy text. The oracle decides a token when its best candidate leads the second by more than twice the
-runtime's noise: no shift of both by that noise can swap them. Up to the first token that the oracle does not decide,
-a server must give the oracle's ids; if it takes the oracle's token there too, the comparison goes on behind it. Each
-compared token's logprob must be the oracle's within the noise. If all ids agree, so must the text.
+The rule of greedy text. A server must give the oracle's token unless its own is so near that the runtime's noise can
+swap them: within twice the noise of the oracle's best, which decides a token when it leads by more. Every token's
+logprob, that of the token where they part included, must be the oracle's within the noise; what comes after a parting
+answers another text and is not compared. If all ids agree, so must the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from l4q.errors import UnsupportedError
 from runtime_tests.serving.client import Answer, Client, Messages
@@ -25,6 +24,8 @@ QUESTIONS = (
     "What is the chemical symbol for water?",
     "What is the currency of the United States?",
 )
+CANDIDATES = 64
+"""Tokens kept per position; one beyond them is far from the best."""
 CHATS: tuple[Messages, ...] = tuple([{"role": "user", "content": question}] for question in QUESTIONS)
 """Short chats whose greedy answers even a small model is sure about."""
 
@@ -38,10 +39,13 @@ class Expected:
     """The chat through transformers' template and tokenizer."""
     token_ids: tuple[int, ...]
     text: str
-    logprobs: npt.NDArray[np.float32]
-    """Natural log-probability of each of token_ids."""
-    margins: npt.NDArray[np.float32]
-    """How far each leads the second best, in nats."""
+    candidates: tuple[Mapping[int, float], ...]
+    """For each of token_ids: natural log-probabilities of the CANDIDATES best tokens there, best first."""
+
+    @property
+    def margins(self) -> list[float]:
+        """How far each of token_ids leads the second best, in nats."""
+        return [best - second for best, second, *_ in (list(row.values()) for row in self.candidates)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +93,13 @@ def _expect_one(oracle: Any, tokenizer: Any, messages: Messages, max_tokens: int
     prompt = [int(token) for token in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
     new, _ = oracle.generate(prompt, max_tokens)
     rows = oracle.prompt_logprobs(prompt + new)[len(prompt) - 1 : -1]  # [len(new), vocab]
-    best = np.sort(np.partition(rows, -2, axis=-1)[:, -2:], axis=-1)  # [len(new), 2]: second best, best
+    best = np.argsort(-rows, axis=-1, kind="stable")[:, :CANDIDATES]
     return Expected(
         messages=messages,
         prompt_ids=tuple(prompt),
         token_ids=tuple(new),
         text=tokenizer.decode(new, skip_special_tokens=True),
-        logprobs=rows[np.arange(len(new)), new],
-        margins=best[:, 1] - best[:, 0],
+        candidates=tuple({int(i): float(row[i]) for i in ids} for row, ids in zip(rows, best, strict=True)),
     )
 
 
@@ -140,41 +143,47 @@ def prompt_problems(one: Expected, prompt_ids: Sequence[int]) -> list[str]:
 
 
 def compare_answer(one: Expected, answer: Answer, noise: float) -> tuple[list[str], int, float]:
-    """(problems, tokens equal to the oracle's, largest difference of their logprobs), by the rule above."""
+    """(problems, tokens equal to the oracle's, largest difference of a logprob), by the rule above."""
     if len(answer.logprobs) != len(answer.token_ids):
         return [f"{len(answer.logprobs)} logprobs for {len(answer.token_ids)} tokens"], 0, 0.0
     agreed = common_length(one.token_ids, answer.token_ids)
-    deviations = np.abs(one.logprobs[:agreed] - np.asarray(answer.logprobs[:agreed], dtype=np.float32))
-    worst = float(deviations.max(initial=0.0))
     problems = difference(one, agreed, answer.token_ids, noise)
+    # up to the parting and including it; a token that is no candidate is a problem already
+    compared = list(zip(one.candidates, answer.token_ids, answer.logprobs, strict=False))[: agreed + 1]
+    deviations = [abs(row[token] - logprob) for row, token, logprob in compared if token in row]
+    worst = float(np.max(deviations, initial=0.0))
     if not worst <= noise:  # NaN fails, too
-        problems.append(f"logprob of token {int(deviations.argmax())} differs by {worst:.3g}, allowed {noise:g}")
+        problems.append(f"logprob of token {int(np.argmax(deviations))} differs by {worst:.3g}, allowed {noise:g}")
     if answer.token_ids == one.token_ids and answer.text != one.text:
         problems.append(f"text {answer.text!r}, expected {one.text!r}")
     return problems, agreed, worst
 
 
 def same_answer(one: Expected, answer: Answer, other: Answer, noise: float) -> list[str]:
-    """Two answers of one server to the same request must be equal unless they part at an undecided token."""
+    """Two answers of one server to the same request must be equal, or part where the oracle allows it."""
     without_stop = answer.token_ids[:-1] if answer.stopped and other.stopped else answer.token_ids
     if other.token_ids in (answer.token_ids, without_stop):
         return [] if answer.text == other.text else [f"text {other.text!r}, expected {answer.text!r}"]
     parted = common_length(answer.token_ids, other.token_ids)
     if parted > common_length(one.token_ids, answer.token_ids):
-        return []  # both had left the oracle's path before, at an undecided token
+        return []  # both had left the oracle's path before, where it allows that
     return difference(one, parted, other.token_ids, noise)
 
 
 def difference(one: Expected, position: int, token_ids: Sequence[int], noise: float) -> list[str]:
-    """Nothing if the sequences are equal or part at a token the oracle does not decide."""
+    """Nothing if the sequences are equal, or part at a token within twice the noise of the oracle's best."""
     if position == len(one.token_ids) == len(token_ids):
         return []
-    if position < len(one.token_ids) and one.margins[position] <= 2 * noise:
+    if position >= len(one.token_ids):
+        return [f"token {position} is {token_ids[position]}, expected the end"]
+    wanted, row = one.token_ids[position], one.candidates[position]
+    if position >= len(token_ids):
+        return [f"token {position} is missing, expected {wanted}"]
+    got = token_ids[position]
+    behind = row[wanted] - row.get(got, -np.inf)
+    if behind <= 2 * noise:
         return []
-    margin = f", which leads by {one.margins[position]:.3g}" if position < len(one.token_ids) else ""
-    wanted = one.token_ids[position] if position < len(one.token_ids) else "the end"
-    got = token_ids[position] if position < len(token_ids) else "the end"
-    return [f"token {position} is {got}, expected {wanted}{margin}"]
+    return [f"token {position} is {got}, expected {wanted}, which leads it by {behind:.3g} nats"]
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -22,7 +22,7 @@ from l4q.errors import L4QError
 HOST = "127.0.0.1"
 TAIL_CHARS = 4000
 POLL_S = 0.1
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 60.0
 
 
 class ServerError(L4QError):
