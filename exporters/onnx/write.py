@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
-from exporters.onnx.family import ModelSpec, read_spec
+from exporters.onnx.family import read_spec
+from exporters.onnx.genai import CONFIG_NAME, genai_config
 from exporters.onnx.graph import build_model
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
@@ -71,47 +71,6 @@ def write(
         on_tensor(name)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     write_json(folder / "config.json", {**config, "dtype": "float32"})
-    write_json(folder / "genai_config.json", genai_config(spec, checkpoint.config, options.onnx_accuracy_level))
+    level = {ACCURACY_OPTION: str(options.onnx_accuracy_level)}
+    write_json(folder / CONFIG_NAME, genai_config(checkpoint, spec, filename=MODEL_NAME, session_options=level))
     copy_side_files(checkpoint, folder)
-
-
-def genai_config(spec: ModelSpec, config: Mapping[str, Any], accuracy_level: int) -> dict[str, Any]:
-    """onnxruntime-genai's description of the folder.
-
-    `past_present_share_buffer` must be false: the Attention operator returns the grown cache instead of updating one.
-    """
-    eos = config.get("eos_token_id")
-    bos = config.get("bos_token_id")
-    pad = config.get("pad_token_id")
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    return {
-        "model": {
-            "type": "llama",
-            "bos_token_id": bos if bos is not None else first_eos,
-            "eos_token_id": eos,
-            "pad_token_id": pad if pad is not None else first_eos,
-            "context_length": spec.context_length,
-            "vocab_size": spec.vocab_size,
-            "decoder": {
-                "filename": MODEL_NAME,
-                "head_size": spec.head_dim,
-                "hidden_size": spec.hidden_size,
-                "num_attention_heads": spec.heads,
-                "num_key_value_heads": spec.kv_heads,
-                "num_hidden_layers": spec.layers,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-                "session_options": {"provider_options": [], ACCURACY_OPTION: str(accuracy_level)},
-            },
-        },
-        "search": {"do_sample": False, "max_length": spec.context_length, "past_present_share_buffer": False},
-    }
