@@ -36,6 +36,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
     help="Dense embedding and output matrices; f16 and q8_0 round them.",
 )  # fmt: skip
 @click.option(
+    "--onnx-graph", type=click.Choice(["auto", "built", "exported"]), default="auto", show_default=True,
+    help="Build the graph, or export transformers' model; auto builds where it can.",
+)  # fmt: skip
+@click.option(
     "--onnx-scales", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
     help="Stored scales; both are exact.",
 )  # fmt: skip

@@ -18,6 +18,7 @@ _OPTIONS = (
     "gptq_format",
     "gguf_type",
     "gguf_embeddings",
+    "onnx_graph",
     "onnx_scales",
     "onnx_block_size",
     "onnx_accuracy_level",

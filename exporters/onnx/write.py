@@ -9,8 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
-from exporters.onnx.family import ModelSpec, read_spec
-from exporters.onnx.graph import build_model
+from exporters.onnx.source import DecoderSizes, choose_source
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
 
@@ -18,6 +17,8 @@ MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 ACCURACY_KEY = "l4q.accuracy_level"
 """Key of model.onnx's metadata that records the chosen accuracy level."""
+GRAPH_KEY = "l4q.graph"
+"""Key that records where the graph came from: "built" or "exported"."""
 ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"
 """ONNX Runtime's session option for it; its own default is 4."""
 INLINE_BYTES = 256
@@ -38,20 +39,15 @@ def write(
     Raises:
         UnsupportedError: As `exporters.onnx.plan.plan`.
     """
-    spec = read_spec(checkpoint.architecture, checkpoint.config)
+    source = choose_source(checkpoint, options.onnx_graph)
     metadata = {
         ACCURACY_KEY: str(options.onnx_accuracy_level),
+        GRAPH_KEY: source.kind,
         "l4q.zero_point": checkpoint.quant.zero_point,
         "l4q.bits": str(checkpoint.quant.bits),
         "l4q.group_size": str(checkpoint.quant.group_size),
     }
-    model = build_model(
-        checkpoint,
-        spec,
-        block_size=options.onnx_block_size,
-        half_scales=options.onnx_scales == "float16",
-        metadata=metadata,
-    )
+    model = source.build(options, metadata)
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -71,11 +67,11 @@ def write(
         on_tensor(name)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     write_json(folder / "config.json", {**config, "dtype": "float32"})
-    write_json(folder / "genai_config.json", genai_config(spec, checkpoint.config, options.onnx_accuracy_level))
+    write_json(folder / "genai_config.json", genai_config(source.sizes, checkpoint.config, options.onnx_accuracy_level))
     copy_side_files(checkpoint, folder)
 
 
-def genai_config(spec: ModelSpec, config: Mapping[str, Any], accuracy_level: int) -> dict[str, Any]:
+def genai_config(spec: DecoderSizes, config: Mapping[str, Any], accuracy_level: int) -> dict[str, Any]:
     """onnxruntime-genai's description of the folder.
 
     `past_present_share_buffer` must be false: the Attention operator returns the grown cache instead of updating one.
