@@ -50,6 +50,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
     "--onnx-accuracy-level", type=click.IntRange(0, 4), default=0, show_default=True, help="0 float32, 4 int8."
 )
 @click.option(
+    "--onnx-runtime-optimized", is_flag=True,
+    help="Also save the graph as the installed ONNX Runtime optimizes it: loads faster, for that release only.",
+)  # fmt: skip
+@click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,
     help="Dense tensors of GPTQ, AWQ and compressed-tensors.",
 )  # fmt: skip

@@ -113,6 +113,8 @@ class ExportOptions:
     """Stored scales of ONNX; "float16" is as exact, smaller, and goes through a Cast that runtimes fold."""
     onnx_accuracy_level: int = 0
     """ONNX Runtime's MatMulNBits accuracy level recorded in the folder: 0 float32, 4 int8 activations."""
+    onnx_runtime_optimized: bool = False
+    """Also write the graph as the installed ONNX Runtime optimizes it: loads faster, belongs to that release."""
     dtype: DenseDtype = "float16"
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
     container_bits: int | None = None

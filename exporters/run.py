@@ -22,6 +22,7 @@ _OPTIONS = (
     "onnx_scales",
     "onnx_block_size",
     "onnx_accuracy_level",
+    "onnx_runtime_optimized",
     "dtype",
     "container_bits",
     "allow_rounding",

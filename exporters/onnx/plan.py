@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exporters.onnx.optimized import optimized_note
 from exporters.onnx.pack import choose_block
 from exporters.onnx.source import GraphSource, choose_source
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
@@ -46,6 +47,8 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     if any(checkpoint.info(module).zero_point == "float" for module in checkpoint.modules):
         notes.append(FLOAT_NOTE)
     notes += source.notes
+    if options.onnx_runtime_optimized:
+        notes.append(optimized_note())
     return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
+from exporters.onnx.optimized import ACCURACY_OPTION, write_optimized
 from exporters.onnx.source import DecoderSizes, choose_source
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
@@ -19,8 +20,6 @@ ACCURACY_KEY = "l4q.accuracy_level"
 """Key of model.onnx's metadata that records the chosen accuracy level."""
 GRAPH_KEY = "l4q.graph"
 """Key that records where the graph came from: "built" or "exported"."""
-ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"
-"""ONNX Runtime's session option for it; its own default is 4."""
 INLINE_BYTES = 256
 """Smaller tensors stay in model.onnx, where shape inference needs them."""
 PAGE_BYTES = 4096
@@ -38,6 +37,7 @@ def write(
 
     Raises:
         UnsupportedError: As `exporters.onnx.plan.plan`.
+        VerificationError: As `exporters.onnx.optimized.write_optimized`.
     """
     source = choose_source(checkpoint, options.onnx_graph)
     metadata = {
@@ -65,6 +65,8 @@ def write(
     )
     for name in waiting.values():  # tensors small enough to live in model.onnx itself
         on_tensor(name)
+    if options.onnx_runtime_optimized:
+        write_optimized(folder, options.onnx_accuracy_level, len(checkpoint.modules))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     write_json(folder / "config.json", {**config, "dtype": "float32"})
     write_json(folder / "genai_config.json", genai_config(source.sizes, checkpoint.config, options.onnx_accuracy_level))
