@@ -39,6 +39,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
     help="Dense embedding and output matrices; f16 and q8_0 round them.",
 )  # fmt: skip
 @click.option(
+    "--onnx-graph", type=click.Choice(["auto", "built", "exported"]), default="auto", show_default=True,
+    help="Build the graph, or export transformers' model; auto builds where it can.",
+)  # fmt: skip
+@click.option(
     "--onnx-scales", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
     help="Stored scales; both are exact.",
 )  # fmt: skip
@@ -48,6 +52,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 @click.option(
     "--onnx-accuracy-level", type=click.IntRange(0, 4), default=0, show_default=True, help="0 float32, 4 int8."
 )
+@click.option(
+    "--onnx-runtime-optimized", is_flag=True,
+    help="Also save the graph as the installed ONNX Runtime optimizes it: loads faster, for that release only.",
+)  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,
     help="Dense tensors of GPTQ, AWQ and compressed-tensors.",

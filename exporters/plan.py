@@ -17,6 +17,7 @@ from l4q.errors import UsageError
 GptqFormat = Literal["gptq", "gptq_v2"]
 GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]
 GgufEmbeddings = Literal["stored", "f16", "q8_0"]
+OnnxGraph = Literal["auto", "built", "exported"]
 OnnxScales = Literal["float32", "float16"]
 DenseDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -103,12 +104,17 @@ class ExportOptions:
     """Block type of quantized tensors; "F32" writes dequantized weights, for parity checks."""
     gguf_embeddings: GgufEmbeddings = "stored"
     """Dense embedding and output matrices of GGUF: "stored" keeps their dtype, the others round."""
+    onnx_graph: OnnxGraph = "auto"
+    """Graph of ONNX: "built" here from standard operators, "exported" from transformers by torch.onnx; "auto" builds
+    where it can."""
     onnx_block_size: int | None = None
     """Columns per DequantizeLinear block; None takes the largest that fits the group."""
     onnx_scales: OnnxScales = "float32"
     """Stored scales of ONNX; "float16" is as exact, smaller, and goes through a Cast that runtimes fold."""
     onnx_accuracy_level: int = 0
     """ONNX Runtime's MatMulNBits accuracy level recorded in the folder: 0 float32, 4 int8 activations."""
+    onnx_runtime_optimized: bool = False
+    """Also write the graph as the installed ONNX Runtime optimizes it: loads faster, belongs to that release."""
     dtype: DenseDtype = "float16"
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
     container_bits: int | None = None
@@ -123,6 +129,7 @@ class ExportOptions:
             "gptq_format": (self.gptq_format, get_args(GptqFormat)),
             "gguf_type": (self.gguf_type, get_args(GgufType)),
             "gguf_embeddings": (self.gguf_embeddings, get_args(GgufEmbeddings)),
+            "onnx_graph": (self.onnx_graph, get_args(OnnxGraph)),
             "onnx_scales": (self.onnx_scales, get_args(OnnxScales)),
             "onnx_accuracy_level": (self.onnx_accuracy_level, (0, 1, 2, 3, 4)),
             "dtype": (self.dtype, get_args(DenseDtype)),

@@ -189,8 +189,8 @@ stops before writing, with the reason given.
 """
 FOOTER = """\
 
-An architecture outside the tables (`exporters/gguf/families.py`, `exporters/onnx/family.py`) is refused with the list
-of those inside.
+GGUF refuses an architecture outside its table (`exporters/gguf/families.py`) with the list of those inside. ONNX
+(`exporters/onnx/family.py`) then exports transformers' own model with the integers in place: [onnx.md](onnx.md).
 """
 
 

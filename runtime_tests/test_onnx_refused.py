@@ -42,7 +42,7 @@ def test_models_the_graph_does_not_cover_are_refused(
 ) -> None:
     """The plan stops and names what is in the way, before anything is written."""
     with pytest.raises(UnsupportedError, match=message):
-        onnx_exporter.plan(with_config(checkpoint, **changes), ExportOptions())
+        onnx_exporter.plan(with_config(checkpoint, **changes), ExportOptions(onnx_graph="built"))
 
 
 def test_a_config_transformers_refuses_is_an_error(checkpoint: L4QCheckpoint) -> None:

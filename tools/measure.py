@@ -17,6 +17,11 @@ def resident_bytes() -> int:
     return _status("VmRSS") or peak_resident_bytes()
 
 
+def private_bytes() -> int:
+    """Memory in RAM that no file backs, so that it cannot be dropped; where the system does not tell, all of it."""
+    return _status("RssAnon") or resident_bytes()
+
+
 def peak_resident_bytes() -> int:
     """Largest resident size since the process started, or since the last `reset_peak`.
 

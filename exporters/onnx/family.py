@@ -182,7 +182,7 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
             expected=f"one of {sorted(FAMILIES)}",
             remedy="export to gguf or gptq, or add the architecture to exporters/onnx/family.py",
         )
-    family, parsed = FAMILIES[architecture], _parse_config(config)
+    family, parsed = FAMILIES[architecture], parse_config(config)
     activation = getattr(parsed, "hidden_activation", None) or parsed.hidden_act
     _check_choice("hidden_act", activation, ACTIVATIONS)
     _check_experts(parsed, family)
@@ -216,7 +216,12 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def _parse_config(config: Mapping[str, Any]) -> Any:
+def parse_config(config: Mapping[str, Any]) -> Any:
+    """A config.json as transformers' config class.
+
+    Raises:
+        UsageError: transformers does not know its model_type or refuses a value.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

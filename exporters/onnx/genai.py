@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from exporters.onnx.family import ModelSpec
+from exporters.onnx.source import DecoderSizes
 from l4q.checkpoint import L4QCheckpoint
 
 CONFIG_NAME = "genai_config.json"
 
 
 def genai_config(
-    checkpoint: L4QCheckpoint, spec: ModelSpec, *, filename: str, session_options: dict[str, str]
+    checkpoint: L4QCheckpoint, spec: DecoderSizes, *, filename: str, session_options: dict[str, str]
 ) -> dict[str, Any]:
     """onnxruntime-genai's description of the folder (https://onnxruntime.ai/docs/genai/reference/config.html).
 

@@ -34,7 +34,7 @@ class LinearEmitter:
     def linear(self, x: ir.Value, module: str) -> ir.Value:
         """Multiply x [..., in_features] into [..., out_features], with the module's bias if it has one."""
         if module in self._quantized:
-            y = self._quantized_product(x, module)
+            y = self.product(x, module)
         else:
             y = self.dense_product(x, self.dense(f"{module}.weight"), scope=module)
         if f"{module}.bias" in self._dense:
@@ -61,7 +61,8 @@ class LinearEmitter:
         transposed = self._builder.op("Transpose", weight, scope=scope, perm=[1, 0])
         return self._builder.op("MatMul", x, transposed, scope=scope)
 
-    def _quantized_product(self, x: ir.Value, module: str) -> ir.Value:
+    def product(self, x: ir.Value, module: str) -> ir.Value:
+        """Multiply x [..., in_features] by a quantized weight, without bias."""
         info = self._checkpoint.info(module)
         block = choose_block(
             in_features=info.in_features, group_size=info.group_size, requested=self._block_size, where=module
@@ -102,12 +103,13 @@ class LinearEmitter:
         return ir.DataType.UINT4 if zero_point == "integer" else ir.DataType.INT4
 
     def _group_sums(self, x: ir.Value, info: WeightInfo) -> ir.Value:
-        """Sum x [batch, length, K] into [batch, length, groups]; linears that read the same x share the node."""
+        """Sum x [..., K] into [..., groups]; linears that read the same x share the node."""
         key = (x.name, info.group_size)
         if key not in self._sums:
             scope = f"{x.name}/group_sums"
-            shape = self._builder.integers(0, 0, info.groups, info.group_size)
-            grouped = self._builder.op("Reshape", x, shape, scope=scope)  # [batch, length, groups, group_size]
+            leading = len(x.shape) - 1 if x.shape is not None else 2  # values of the built graph are [batch, length, K]
+            shape = self._builder.integers(*[0] * leading, info.groups, info.group_size)
+            grouped = self._builder.op("Reshape", x, shape, scope=scope)  # [..., groups, group_size]
             self._sums[key] = self._builder.op(
                 "ReduceSum", grouped, self._builder.integers(-1), scope=scope, keepdims=0
             )

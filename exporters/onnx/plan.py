@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from exporters.k_grid import refuse_k_grid
-from exporters.onnx.family import EMBEDDING, ModelSpec, read_spec
+from exporters.onnx.optimized import optimized_note
 from exporters.onnx.pack import choose_block
+from exporters.onnx.source import GraphSource, choose_source
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
@@ -26,14 +25,6 @@ ACCURACY_NOTES = {
     4: "accuracy level 4: int8 activations, several times faster, perplexity up by 0.3 to 1.3 %",
 }
 FLOAT_NOTE = "float zero-points cost one extra small product per linear over group sums of its input"
-EXPERTS_NOTE = (
-    "experts stay dense (3-D tensors, not linear modules) and every token passes through all of them: standard ONNX "
-    "cannot skip an expert per token"
-)
-LONGROPE_NOTE = (
-    "rope type longrope: keys cached in a sequence of up to {limit} tokens keep the short rotation, so a caller whose "
-    "generation passes {limit} tokens should start again without a cache there, as transformers' generate does"
-)
 REASONS = {
     "none": "signed codes, no zero-point tensor",
     "integer": "codes and zero-points as trained",
@@ -48,8 +39,8 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         UnsupportedError: The graph does not cover the architecture, a tensor or its dtype; all offenders are listed.
         UsageError: The requested block size does not fit a layer's groups.
     """
-    spec = read_spec(checkpoint.architecture, checkpoint.config)
-    _check_names(checkpoint, spec)
+    source = choose_source(checkpoint, options.onnx_graph)
+    _check_names(checkpoint, source)
     if options.onnx_scales == "float16":
         refuse_k_grid(checkpoint, "ONNX with --onnx-scales float16", remedy="use --onnx-scales float32")
     tensors = [_plan_linear(checkpoint, module, options) for module in checkpoint.modules]
@@ -58,31 +49,19 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     notes = [ACCURACY_NOTES.get(level, f"accuracy level {level}: float32 activations on x64")]
     if any(checkpoint.info(module).zero_point == "float" for module in checkpoint.modules):
         notes.append(FLOAT_NOTE)
-    limits = sorted({rotation.long_from for rotation in spec.rotations.values() if rotation.long_inv_freq is not None})
-    notes += [LONGROPE_NOTE.format(limit=limit) for limit in limits]
-    if spec.experts is not None:
-        notes.append(EXPERTS_NOTE)
+    notes += source.notes
+    if options.onnx_runtime_optimized:
+        notes.append(optimized_note())
     return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes))
 
 
-def expected_names(spec: ModelSpec) -> Iterator[str]:
-    """Names of the weights the graph reads; a quantized linear counts under `<module>.weight`."""
-    yield f"{EMBEDDING}.weight"
-    for module in (*spec.norm_names(), *spec.linear_names()):
-        yield f"{module}.weight"
-    yield from spec.expert_names()
-
-
-def _check_names(checkpoint: L4QCheckpoint, spec: ModelSpec) -> None:
+def _check_names(checkpoint: L4QCheckpoint, source: GraphSource) -> None:
     """Every weight has a place in the graph and every place has its weight."""
-    linears = set(spec.linear_names())
     present = {f"{module}.weight" for module in checkpoint.modules} | set(checkpoint.dense_names)
-    expected = set(expected_names(spec))
-    allowed = expected | {f"{module}.bias" for module in linears}
-    misplaced = [module for module in checkpoint.modules if module not in linears]
+    misplaced = [module for module in checkpoint.modules if module not in source.linears]
     problems = {
-        "missing": sorted(expected - present),
-        "not part of this architecture": sorted(present - allowed),
+        "missing": sorted(source.required - present),
+        "not part of this architecture": sorted(present - source.required - source.optional),
         "quantized but not a linear of the graph": misplaced,
         "dtype that float32 cannot hold": [
             f"{name} {checkpoint.dense_dtype(name)}"

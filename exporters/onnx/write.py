@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
-from exporters.onnx.family import read_spec
 from exporters.onnx.genai import CONFIG_NAME, genai_config
-from exporters.onnx.graph import build_model
+from exporters.onnx.optimized import ACCURACY_OPTION, write_optimized
+from exporters.onnx.source import choose_source
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
 
@@ -18,8 +18,8 @@ MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 ACCURACY_KEY = "l4q.accuracy_level"
 """Key of model.onnx's metadata that records the chosen accuracy level."""
-ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"
-"""ONNX Runtime's session option for it; its own default is 4."""
+GRAPH_KEY = "l4q.graph"
+"""Key that records where the graph came from: "built" or "exported"."""
 INLINE_BYTES = 256
 """Smaller tensors stay in model.onnx, where shape inference needs them."""
 PAGE_BYTES = 4096
@@ -37,21 +37,17 @@ def write(
 
     Raises:
         UnsupportedError: As `exporters.onnx.plan.plan`.
+        VerificationError: As `exporters.onnx.optimized.write_optimized`.
     """
-    spec = read_spec(checkpoint.architecture, checkpoint.config)
+    source = choose_source(checkpoint, options.onnx_graph)
     metadata = {
         ACCURACY_KEY: str(options.onnx_accuracy_level),
+        GRAPH_KEY: source.kind,
         "l4q.zero_point": checkpoint.quant.zero_point,
         "l4q.bits": str(checkpoint.quant.bits),
         "l4q.group_size": str(checkpoint.quant.group_size),
     }
-    model = build_model(
-        checkpoint,
-        spec,
-        block_size=options.onnx_block_size,
-        half_scales=options.onnx_scales == "float16",
-        metadata=metadata,
-    )
+    model = source.build(options, metadata)
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -69,8 +65,11 @@ def write(
     )
     for name in waiting.values():  # tensors small enough to live in model.onnx itself
         on_tensor(name)
+    if options.onnx_runtime_optimized:
+        write_optimized(folder, options.onnx_accuracy_level, len(checkpoint.modules))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     write_json(folder / "config.json", {**config, "dtype": "float32"})
     level = {ACCURACY_OPTION: str(options.onnx_accuracy_level)}
-    write_json(folder / CONFIG_NAME, genai_config(checkpoint, spec, filename=MODEL_NAME, session_options=level))
+    described = genai_config(checkpoint, source.sizes, filename=MODEL_NAME, session_options=level)
+    write_json(folder / CONFIG_NAME, described)
     copy_side_files(checkpoint, folder)
