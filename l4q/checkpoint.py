@@ -270,7 +270,9 @@ def save_checkpoint(
         writer = ShardWriter(stage)
         for module, weight in weights:
             records[module] = grid_record(weight, (grids or {}).get(module, quant))
-            record = {key: value for key, value in records[module].items() if key != "scale_grid"}
+            record = dict(records[module])
+            if weight.k_grid is None:  # other grids of scales do not change how a reader decodes
+                record.pop("scale_grid", None)
             metadata = json.dumps({**record, "shape": list(weight.shape)}, sort_keys=True)
             writer.add(_weight_tensors(module, weight), {module: metadata})
         for name, tensor in dense:
