@@ -129,7 +129,7 @@ def _plan_quantized(checkpoint: L4QCheckpoint, module: str, target: str, request
 def _off_k_grid(checkpoint: L4QCheckpoint, module: str) -> str:
     """Why a module of a checkpoint on a K grid is not on it, or ""."""
     info = checkpoint.info(module)
-    if checkpoint.quant.k_grid is None or info.k_grid is not None:
+    if checkpoint.quant.for_layer(info.in_features) == checkpoint.quant:
         return ""
     return f"trained on the fp16 grid, as in_features {info.in_features} is no multiple of {SUPERBLOCK}"
 
