@@ -137,7 +137,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Probability that a training step drops an entry of A; the layer's input is never dropped."""
     target_modules: tuple[str, ...] = ("*",)
-    """fnmatch patterns on a module's dotted name or its last part; the output head is never a target."""
+    """fnmatch patterns on a module's dotted name or its last part; they do not reach the output head."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.rank) or self.rank < 1:

@@ -36,7 +36,7 @@ class WrapReport:
     wrapped: tuple[str, ...]
     """Modules that are quantized now."""
     dense: tuple[str, ...]
-    """Linear modules left as they were, the output head among them."""
+    """Linear modules left as they were, the output head among them unless it was asked for."""
     reproduced: tuple[str, ...] = ()
     """Wrapped modules that multiply with a pre-quantized start's own weights, each of them equal."""
     notes: tuple[tuple[str, str], ...] = ()

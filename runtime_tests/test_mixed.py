@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from l4q.config import LoraConfig, QuantConfig
 from l4q.errors import L4QError, UnsupportedError, UsageError
 from l4q.linear import L4QLinear
 from l4q.model import l4q_layers, wrap_linears
+from l4q.module_grids import module_grids
 from l4q.refreeze import FreezeOptions, refreeze
 from l4q.rules import Override, grid_of
 from l4q.train import train
@@ -191,6 +191,13 @@ def test_a_config_that_contradicts_the_records_is_refused(lie: str, tmp_path: Pa
         L4QCheckpoint.open(path.parent)
 
 
+@pytest.mark.parametrize("entry", [[], {"lm_head": 3}])
+def test_a_damaged_list_of_grids_is_refused(entry: object) -> None:
+    """Anything but a grid per module name is an error of the file, not of l4q."""
+    with pytest.raises(UsageError, match="grids of single modules cannot be read"):
+        module_grids({"modules": entry})
+
+
 @pytest.fixture(scope="module")
 def base(glassllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
     """A finished run on glassllm with a head of its own: four grids, a dense layer and a quantized head."""
@@ -257,8 +264,7 @@ def test_freezing_again_keeps_each_modules_bits(base: TrainOptions, tmp_path: Pa
 def test_split_siblings_are_announced_before_training(
     base: TrainOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """q_proj on another group size than k and v, and a dense up_proj: hours of training end in no vLLM format."""
-    shutil.rmtree(tmp_path, ignore_errors=True)
+    """The log counts the layers per grid, and warns of q, k, v and gate, up that no vLLM format can hold so."""
     with caplog.at_level(logging.INFO, logger="l4q"):
         train(replace(base, out=tmp_path, steps=1))
     assert "1 layers: bits 3, group_size 64, zero_point integer, scale_grid fp16_s7" in caplog.messages
