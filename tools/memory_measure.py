@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l4q import quant
-from l4q.config import LoraConfig, QuantConfig
+from l4q.config import KernelChoice, LoraConfig, QuantConfig
 from l4q.linear import L4QLinear
 from l4q.model import wrap_linears
 
@@ -66,15 +66,17 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def layer_transient(shape: tuple[int, int], config: QuantConfig, tokens: int = 8) -> tuple[float, float]:
+def layer_transient(
+    shape: tuple[int, int], config: QuantConfig, tokens: int = 8, kernels: KernelChoice = "eager"
+) -> tuple[float, float]:
     """Bytes per weight that the forward and the backward of one linear need for a moment, worked in one block.
 
-    A GPU takes a whole weight at once; a CPU would take it in runs of rows that fit its cache. The eager kernels are
-    measured, which need the most.
+    A GPU takes a whole weight at once; a CPU would take it in runs of rows that fit its cache. The eager kernels,
+    which the plan assumes, need the most.
     """
     out, inner = shape
     weight = torch.nn.Parameter(torch.randn(out, inner, dtype=torch.bfloat16))
-    layer = L4QLinear(weight, None, config, LoraConfig(rank=4), kernels="eager")
+    layer = L4QLinear(weight, None, config, LoraConfig(rank=4), kernels=kernels)
     x = torch.randn(tokens, inner, dtype=torch.bfloat16, requires_grad=True)
     with _whole_weights(), LiveBytes() as forward:
         y = layer(x)
