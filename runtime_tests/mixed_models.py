@@ -38,13 +38,13 @@ MIXES: Mapping[str, Mix] = {
             "*.layers.0.mlp.up_proj:bits=3",
             "lm_head:group_size=32",
         ),
-        skip=("*.layers.0.*.o_proj",),
+        skip=("*.layers.0.*.[qkv]_proj",),
         formats=("gptq", "compressed-tensors"),
     ),
     "zero-points": Mix(
         quant=QuantConfig(group_size=32, zero_point="integer"),
         overrides=("*.layers.0.*.k_proj:zero_point=none", "*.layers.1.mlp.down_proj:bits=3", "lm_head:zero_point=none"),
-        skip=("*.layers.1.*.[qkv]_proj",),
+        skip=("*.layers.1.*.o_proj", "*.layers.1.*.[qkv]_proj"),
         formats=("awq", "compressed-tensors"),
     ),
 }
