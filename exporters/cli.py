@@ -44,7 +44,7 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 )  # fmt: skip
 @click.option(
     "--onnx-scales", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-    help="Stored scales; both are exact.",
+    help="Stored scales; both are exact, but K grids need float32.",
 )  # fmt: skip
 @click.option(
     "--onnx-block-size", type=int, default=None, help="Finer DequantizeLinear blocks (a power of two, 16-256)."
