@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from l4q.config import LoraConfig, QuantConfig
+from l4q.kernels.select import kernels_for
 from l4q.model import l4q_layers, wrap_linears
 from tools.bench_cases import Case
 from tools.bench_models import SHAPES, QATLinear, QATLoRALinear, random_llama, replace_linears
@@ -79,6 +80,7 @@ def measure_into(send: Connection, method: str, case: Case, assets: Path) -> Non
 
 def measure(method: str, case: Case, assets: Path) -> dict[str, Any]:
     """Build, run one untimed step that counts saved bytes, then the timed ones."""
+    kernels_for(case.kernels, case.device)  # their compiler is no more the model's than torch is
     floor = reset_peak(case.device)
     transformers.set_seed(0)
     model = BUILDERS[method](_load(case, assets))

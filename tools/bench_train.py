@@ -6,7 +6,7 @@ repetitions are reported. The last line of stdout is one JSON object {"peak_memo
 "naive_peak_vs_l4q"}.
 
 Peak memory is torch.cuda.max_memory_allocated on a GPU. On a CPU it is the process's largest resident size during the
-steps, less what the process held before the model was built (Python and torch themselves).
+steps, less what the process held before the model was built (Python, torch, and the compiler of the kernels).
 """
 
 from __future__ import annotations
