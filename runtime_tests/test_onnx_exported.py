@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 import exporters.onnx as onnx_exporter
 from exporters.cli import command
+from exporters.export import make_plan
 from exporters.onnx.family import FAMILIES, parse_config
 from exporters.onnx.hollow import hollow_decoder
 from exporters.onnx.rewrite import find_product
@@ -256,6 +258,14 @@ def test_only_whole_products_are_replaced(nodes: list[tuple[str, list[str], list
     for op_type, inputs, outputs, attributes in nodes:
         ir.node(op_type, [values[i] for i in inputs], attributes, outputs=[values[o] for o in outputs])
     assert (find_product(values["w"]) is not None) == found
+
+
+def test_a_missing_translator_is_named(llama: L4QCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without onnxscript the message says which extra to install; the built graph does without."""
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    make_plan(llama, "onnx", ExportOptions())
+    with pytest.raises(UsageError, match=r"(?s)not installed.*onnxscript.*l4q\[onnx\]"):
+        make_plan(llama, "onnx", ExportOptions(onnx_graph="exported"))
 
 
 def test_the_command_offers_the_choice(llama: L4QCheckpoint, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import onnx_ir as ir
@@ -60,8 +61,10 @@ def trace_decoder(architecture: str, config: Mapping[str, Any]) -> TracedDecoder
 
     Raises:
         UsageError: transformers refuses the config.
-        UnsupportedError: transformers, torch.export or torch.onnx cannot do it; the message ends with their reason.
+        UnsupportedError: transformers, torch.export or torch.onnx cannot do it; the message gives their reason.
+        ModuleNotFoundError: onnxscript, which torch.onnx translates with, is not installed.
     """
+    import_module("onnxscript")
     return _trace(architecture, json.dumps(dict(config), sort_keys=True))
 
 
