@@ -51,7 +51,8 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 )  # fmt: skip
 @click.option(
     "--container-bits", type=int, default=None,
-    help="Bits per stored code in GPTQ, AWQ and compressed-tensors; 4 unless given, which is what vLLM runs.",
+    help="Bits per stored code in GPTQ and compressed-tensors; 4 unless given, which is what vLLM runs. "
+    "2 and 3 pack 2- and 3-bit codes densely, for GPTQModel, transformers and vLLM's GPU kernels.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:

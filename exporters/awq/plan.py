@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporters.awq.pack import BITS, PER_WORD
-from exporters.container import container_bits, container_notes, describe, why_exact
+from exporters.container import NIBBLES, container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
     VLLM_FAST_GROUPS,
     dense_notes,
@@ -29,7 +29,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         UnsupportedError: A module's grid or size does not fit the format; the message lists all of them.
     """
     refuse_float(checkpoint, LABEL)
-    width = container_bits(checkpoint, options)
+    width = container_bits(checkpoint, options, NIBBLES)
     refuse_mixed_groups(checkpoint, LABEL)
     _refuse_sizes(checkpoint)
     group_size = checkpoint.quant.group_size
@@ -40,11 +40,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         notes.append(f"On a GPU vLLM's fastest kernels take group sizes {VLLM_FAST_GROUPS}; {group_size} runs slower.")
     problem = vllm_problems(checkpoint, options)
     fits = group_size in GPTQMODEL_GROUP_SIZES
-    through = (
-        "through gptqmodel, as its source says; not run by our tests"
-        if fits
-        else f"gptqmodel's AWQ takes group sizes {GPTQMODEL_GROUP_SIZES}"
-    )
+    through = "through gptqmodel" if fits else f"gptqmodel's AWQ takes group sizes {GPTQMODEL_GROUP_SIZES}"
     return ExportPlan(
         format="awq",
         tensors=(*quantized, *dense),

@@ -14,11 +14,12 @@ from exporters.files import write_json
 from exporters.gptq.pack import ZERO_OFFSET, encode_zeros
 from exporters.hf_folder import missing_judge, read_section, write_config, write_tensors
 from exporters.hf_plan import is_symmetric, skipped_linears
+from exporters.judge import needs_newer_judge, read_elsewhere
 from exporters.plan import ExportOptions, ExportPlan
 from exporters.words import pack_cols, pack_rows
 from l4q import __version__
-from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint
-from l4q.errors import UnsupportedError, VerificationError
+from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import VerificationError
 from l4q.shards import MAX_SHARD_BYTES, ShardReader
 from l4q.weight import F32, QuantizedWeight
 
@@ -93,7 +94,8 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
     }
     skipped = skipped_linears(checkpoint)
     if skipped:
-        section["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}
+        section["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}  # GPTQModel and vLLM
+        section["modules_in_block_to_quantize"] = [list(checkpoint.modules)]  # transformers, and vLLM too
     return section
 
 
@@ -105,9 +107,12 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
 
     Raises:
         VerificationError: qzeros contradict `sym`, or g_idx is not k // group_size.
-        UsageError: The config is not GPTQ, or compressed-tensors is not installed.
+        UsageError: The config is not GPTQ, or no compressed-tensors that knows its fields is installed.
     """
-    section = _read_section(folder)
+    section = read_section(folder, "gptq", "a GPTQ")
+    if needs_newer_judge(int(section["bits"])):
+        yield from read_elsewhere("gptq", folder)
+        return
     shards = ShardReader.open(folder)
     for module in sorted(name.removesuffix(".qweight") for name in shards.names if name.endswith(".qweight")):
         yield module, _decode(module, shards, section)
@@ -152,15 +157,6 @@ def _foreign_unpack(words: torch.Tensor, bits: int, shape: tuple[int, int], axis
         raise missing_judge("a GPTQ", error) from error
     signed: np.ndarray[Any, Any] = unpack_from_int32(words, bits, torch.Size(shape), packed_dim=axis).numpy()
     return signed.astype(np.int16) + (1 << (bits - 1))
-
-
-def _read_section(folder: Path) -> dict[str, Any]:
-    section = read_section(folder, "gptq", "a GPTQ")
-    if section["bits"] != 4:
-        raise UnsupportedError(
-            "only 4-bit GPTQ can be read back", where=folder / CONFIG_NAME, got=f"bits {section['bits']}", expected=4
-        )
-    return section
 
 
 def _group_index(columns: int, group_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
