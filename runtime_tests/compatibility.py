@@ -45,8 +45,9 @@ STORED: Mapping[str, tuple[int, dict[str, Any]]] = {
     "int4": (4, {}),
     "int3 in 4-bit fields": (3, {}),
     "int3 dense": (3, {"container_bits": 3}),
+    "int2 dense": (2, {"container_bits": 2}),
 }
-DENSE = "int3 dense"
+DENSE = ("int3 dense", "int2 dense")
 # exporter -> runtimes with a reader for the format; the others are "not supported"
 READERS: Mapping[str, tuple[str, ...]] = {
     "gptq": ("decoder", "vllm", "transformers", "gptqmodel"),
@@ -95,7 +96,7 @@ def table_rows() -> tuple[Row, ...]:
     for label, (name, _) in FORMATS.items():
         blocks = name in ("gguf", "onnx")  # their storage follows from the grid, and they take float zero-points
         for stored in STORED:
-            if blocks and stored == DENSE:
+            if blocks and stored in DENSE:
                 continue
             rows += [Row(label, stored, "none"), Row(label, stored, "integer")]
             if blocks or stored == "int4":
@@ -268,4 +269,5 @@ def message_of(error: L4QError, folder: Path) -> str:
     text = " ".join(error.what.replace(str(folder), "FOLDER").split())
     text = re.sub(r"^the \w+ engine failed in \w+: ", "", text)
     text = re.sub(r"^.*Value error, |\[type=.*", "", text).strip()  # pydantic's frame around a message
+    text = text.partition(" Reasons: ")[0]  # vLLM's list of all its kernels, which depends on the processor
     return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS].rsplit(" ", 1)[0] + " ..."

@@ -75,6 +75,13 @@ def signed(value: torch.Tensor) -> torch.Tensor:
     return value ^ EIGHTS
 
 
+def flipped(value: torch.Tensor) -> torch.Tensor:
+    """One bit of one code in each matrix."""
+    value = value.clone()
+    value[1, 3] ^= 1
+    return value
+
+
 def lowered(value: torch.Tensor) -> torch.Tensor:
     """Zero-points one lower; they are at least 1, so no field borrows."""
     return value - ONES
