@@ -6,6 +6,7 @@ reports they come from are named beside them. Nearly all of these files load wit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.awq.pack import unpack_awq
 from exporters.gguf.names import unpermute_rows
+from exporters.gptq.write import LEGACY_CONFIG_NAME
 from exporters.words import pack_rows, unpack_cols, unpack_rows
 from l4q.config import ZeroPoint
 from runtime_tests.hf_exports import edit_config
@@ -51,6 +53,17 @@ def tensors(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit
         found = load_file(folder / "model.safetensors")
         changed = {name: change(value) if name.endswith(f".{suffix}") else value for name, value in found.items()}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def relabel(**changes: Any) -> Edit:
+    """Lie in both configs of a GPTQ folder: GPTQModel reads the second one first."""
+
+    def edit(folder: Path) -> None:
+        edit_config(lambda section: section.update(changes))(folder)
+        path = folder / LEGACY_CONFIG_NAME
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return edit
 
@@ -155,21 +168,28 @@ MISTAKES: Mapping[str, Mistake] = {
         format="gptq",
         zero_point="integer",
         options=V2,
-        edit=edit_config(lambda section: section.update(checkpoint_format="gptq")),
+        edit=relabel(checkpoint_format="gptq"),
     ),
     # GPTQModel v5 and later wrote symmetric files so
     "gptq: v2 zero-points of symmetric weights labelled v1": Mistake(
         format="gptq",
         zero_point="none",
         options=V2,
-        edit=edit_config(lambda section: section.update(checkpoint_format="gptq")),
+        edit=relabel(checkpoint_format="gptq"),
         message="not the midpoint",
+    ),
+    "gptq: two configs, of which one was edited": Mistake(
+        format="gptq",
+        zero_point="integer",
+        options=V2,
+        edit=edit_config(lambda section: section.update(checkpoint_format="gptq")),
+        message="quantize_config.json contradicts config.json",
     ),
     # AutoGPTQ#640
     "gptq: v1 zero-points labelled v2": Mistake(
         format="gptq",
         zero_point="integer",
-        edit=edit_config(lambda section: section.update(checkpoint_format="gptq_v2")),
+        edit=relabel(checkpoint_format="gptq_v2"),
     ),
     # GPTQModel#2350, TGI#2120
     "gptq: a zero-point of 0 wrapped around": Mistake(
@@ -179,7 +199,7 @@ MISTAKES: Mapping[str, Mistake] = {
     "gptq: asymmetric weights called sym": Mistake(
         format="gptq",
         zero_point="integer",
-        edit=edit_config(lambda section: section.update(sym=True)),
+        edit=relabel(sym=True),
         message="not the midpoint",
     ),
     "gptq: signed codes": Mistake(format="gptq", zero_point="none", edit=tensors("qweight", signed)),

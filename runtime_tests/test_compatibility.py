@@ -17,7 +17,7 @@ from exporters.export import get_exporter
 from exporters.plan import ExportOptions
 from l4q.errors import L4QError
 from runtime_tests.compatibility import DENSE, FORMATS, READERS, STORED, Bench, Cell, Row, message_of, table_rows
-from runtime_tests.converter_mistakes import Edit, flipped, tensors
+from runtime_tests.converter_mistakes import Edit, flipped, relabel, tensors
 from runtime_tests.hf_exports import edit_config
 from tools.compatibility import COLUMNS, DOCUMENT, header, parse, render
 
@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Row, str, Edit]] = {
     "v2 zero-points labelled v1": (
         Row("GPTQ v2", "int4", "integer"),
         "gptqmodel",
-        edit_config(lambda section: section.update(checkpoint_format="gptq")),
+        relabel(checkpoint_format="gptq"),
     ),
     "a code, compressed-tensors in transformers": (
         Row("compressed-tensors", "int3 dense", "integer"),

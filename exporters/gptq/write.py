@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,16 +107,34 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     ignores qzeros and g_idx. A folder on which the two would disagree is refused.
 
     Raises:
-        VerificationError: qzeros contradict `sym`, or g_idx is not k // group_size.
+        VerificationError: qzeros contradict `sym`, g_idx is not k // group_size, or quantize_config.json says something
+            else than config.json.
         UsageError: The config is not GPTQ, or no compressed-tensors that knows its fields is installed.
     """
     section = read_section(folder, "gptq", "a GPTQ")
+    _check_legacy(folder, section)
     if needs_newer_judge(int(section["bits"])):
         yield from read_elsewhere("gptq", folder)
         return
     shards = ShardReader.open(folder)
     for module in sorted(name.removesuffix(".qweight") for name in shards.names if name.endswith(".qweight")):
         yield module, _decode(module, shards, section)
+
+
+def _check_legacy(folder: Path, section: dict[str, Any]) -> None:
+    """GPTQModel reads quantize_config.json first, everybody else config.json: both must say the same."""
+    path = folder / LEGACY_CONFIG_NAME
+    if not path.exists():
+        return
+    legacy = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(key for key in {*section, *legacy} if section.get(key) != legacy.get(key))
+    if differing:
+        raise VerificationError(
+            "quantize_config.json contradicts config.json, and readers differ in which they take",
+            where=path,
+            got={key: legacy.get(key) for key in differing},
+            expected={key: section.get(key) for key in differing},
+        )
 
 
 def _decode(module: str, shards: ShardReader, section: dict[str, Any]) -> F32:
