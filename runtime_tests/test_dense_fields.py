@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import compressed_tensors
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from exporters.cli import command
 from exporters.compressed_tensors.pack import pack_codes, unpack_codes
 from exporters.export import export
 from exporters.judge import JUDGES_VARIABLE
@@ -70,6 +73,21 @@ def test_the_plan_says_the_bits_on_disk(tmp_path: Path) -> None:
     assert section(tmp_path / "dense")["config_groups"]["group_0"]["weights"]["num_bits"] == 3
     write_export(checkpoint, "gptq", tmp_path / "gptq", container_bits=3)
     assert section(tmp_path / "gptq")["bits"] == 3
+
+
+def test_the_command_tells_what_it_would_write(tmp_path: Path) -> None:
+    """--dry-run of --container-bits 3: three bits a code, and the runtimes that load it; --help names the option."""
+    checkpoint = tiny_checkpoint(tmp_path, QuantConfig(bits=3, group_size=-1))
+    arguments = [str(checkpoint.path), "--to", "gptq", CT, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(command, [*arguments, "--container-bits", "3", "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    plans = json.loads(result.output)
+    assert {name: plan["runtimes"]["vLLM"]["loads"] for name, plan in plans.items()} == {"gptq": False, CT: False}
+    assert plans["gptq"]["runtimes"]["GPTQModel"]["loads"]
+    assert plans["gptq"]["tensors"][0]["encoding"].startswith("int3 group")
+    assert 3 < plans[CT]["bits_per_weight"] < 3.5
+    assert not (tmp_path / "out").exists()
+    assert "--container-bits" in CliRunner().invoke(command, ["--help"]).output
 
 
 def test_codes_wider_than_the_fields_are_refused(tmp_path: Path) -> None:
