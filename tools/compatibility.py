@@ -41,7 +41,7 @@ hand.
 Each row is glassllm, a real model of 0.85 million parameters, with its 16 attention projections quantized in groups of
 64 and moved as a short training moves them, then exported with `l4q-export`. "int3 in 4-bit fields" is what is written
 unless `--container-bits 3` asks for "int3 dense", which `l4q-export` verifies with compressed-tensors 0.18 or later,
-the installed one or the one in the folder that `L4Q_JUDGES` names (`make judges` makes build/judges/compressed-tensors).
+the installed one or the one in the folder that `L4Q_JUDGES` names (`make judges` makes one).
 
 **ok** means that the runtime loads the folder and gives the log-probabilities of the torch oracle on the checkpoint
 within the bounds of `runtime_tests/thresholds.py`. transformers and GPTQModel also give their weights away: each equals
