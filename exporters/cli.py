@@ -62,7 +62,8 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 )  # fmt: skip
 @click.option(
     "--container-bits", type=int, default=None,
-    help="Bits per stored code in GPTQ, AWQ and compressed-tensors; 4 unless given, which is what vLLM runs.",
+    help="Bits per stored code in GPTQ and compressed-tensors; 4 unless given, which is what vLLM runs. "
+    "2 and 3 pack 2- and 3-bit codes densely, for GPTQModel, transformers and vLLM's GPU kernels.",
 )  # fmt: skip
 @click.option(
     "--tensor-parallel", type=click.IntRange(1), default=1, show_default=True,

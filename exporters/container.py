@@ -1,4 +1,4 @@
-"""Codes of few bits in wider fields: how int3 and int2 checkpoints reach runtimes that have int4 kernels only.
+"""Fields for codes: dense, or wider ones, in which int3 and int2 checkpoints reach runtimes with int4 kernels only.
 
 The weight stays what it is, (q - z) * s. A symmetric code moves up with its midpoint, q + 2**(width-1) - 2**(bits-1);
 with integer zero-points q and z are stored as they are. The disk holds `width` bits per code, and the plan says so.
@@ -11,30 +11,30 @@ from dataclasses import replace
 import numpy as np
 
 from exporters.plan import ExportOptions
+from exporters.words import run_length
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
 from l4q.weight import QuantizedWeight
 
-# vLLM's CPU kernel, AWQ and compressed-tensors 0.17's own decoder hold 4 bits. Dense 3-bit words (exporters/words.py
-# packs them) stay unwritten as long as no released reader that could judge them runs beside the pinned vLLM: 0.17 packs
-# ten 3-bit values a word, later releases and vLLM's loader 32 values in 3 words.
-CONTAINER_BITS = (4,)
+# GPTQ's and compressed-tensors' words (exporters/words.py) take any of these; AWQ's interleaved nibbles only 4.
+CONTAINER_BITS = (2, 3, 4)
+NIBBLES = (4,)
 DEFAULT_CONTAINER = 4
 
 
-def container_bits(checkpoint: L4QCheckpoint, options: ExportOptions) -> int:
+def container_bits(checkpoint: L4QCheckpoint, options: ExportOptions, widths: tuple[int, ...] = CONTAINER_BITS) -> int:
     """Bits per stored code: `options.container_bits`, or 4, the width that vLLM on a CPU has a kernel for.
 
     Raises:
-        UnsupportedError: No format here writes that width, or a code does not fit it.
+        UnsupportedError: The format does not write that width (`widths` are those it writes), or a code does not fit.
     """
     width = DEFAULT_CONTAINER if options.container_bits is None else options.container_bits
-    if width not in CONTAINER_BITS:
+    if width not in widths:
         raise UnsupportedError(
             "codes of this width cannot be written",
             where="container_bits",
             got=width,
-            expected=f"one of {list(CONTAINER_BITS)}",
+            expected=f"one of {list(widths)}",
             remedy="leave --container-bits out: codes of 2 and 3 bits are held exactly by 4-bit fields",
         )
     wide = sorted(
@@ -46,7 +46,7 @@ def container_bits(checkpoint: L4QCheckpoint, options: ExportOptions) -> int:
             where="container_bits",
             got=f"bits {wide}",
             expected=f"at most {width}",
-            remedy="train with --bits 4 or fewer",
+            remedy="leave --container-bits out, or train with fewer --bits",
         )
     return width
 
@@ -78,9 +78,18 @@ def why_exact(bits: int, width: int) -> str:
 
 
 def container_notes(checkpoint: L4QCheckpoint, width: int) -> tuple[str, ...]:
-    """One line on the price of the container, or nothing if the codes have its width."""
-    narrow = sorted({checkpoint.info(module).bits for module in checkpoint.modules} - {width})
-    if not narrow:
-        return ()
-    bits = "- and ".join(str(value) for value in narrow)
-    return (f"{bits}-bit codes are stored in {width}-bit fields: exact, but {width} bits on disk and in memory.",)
+    """The price of fields wider than the codes, and of fields that are not 4 bits wide; else nothing."""
+    found = {checkpoint.info(module).bits for module in checkpoint.modules}
+    narrow, notes = sorted(found - {width}), []
+    if narrow:
+        bits = "- and ".join(str(value) for value in narrow)
+        notes.append(
+            f"{bits}-bit codes are stored in {width}-bit fields: exact, but {width} bits on disk and in memory."
+        )
+    if width != DEFAULT_CONTAINER:
+        values, words = run_length(width)
+        notes.append(
+            f"{width}-bit fields are dense: {values} codes in {words} word{'s' * (words > 1)}, {width} bits per code "
+            "on disk. Without --container-bits the fields have 4 bits, for which vLLM has kernels everywhere."
+        )
+    return tuple(notes)

@@ -118,7 +118,8 @@ class ExportOptions:
     dtype: DenseDtype = "float16"
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
     container_bits: int | None = None
-    """Bits per stored code in GPTQ, AWQ and compressed-tensors; None takes 4, for which vLLM has kernels everywhere."""
+    """Bits per stored code in GPTQ and compressed-tensors, 2 to 4, dense (AWQ has 4 only); None takes 4, for which
+    vLLM has kernels everywhere."""
     tensor_parallel: int = 1
     """Ranks that vLLM shall split GPTQ, AWQ and compressed-tensors over; refused where a module does not survive it."""
     allow_rounding: bool = False

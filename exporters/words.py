@@ -32,6 +32,11 @@ def run_length(bits: int) -> tuple[int, int]:
     return WORD_BITS // common, bits // common
 
 
+def word_count(values: int, bits: int) -> int:
+    """Words that hold `values` values without gaps."""
+    return -(-values * bits // WORD_BITS)
+
+
 def pack_rows(values: U8, bits: int) -> I32:
     """Pack along axis 0: uint8 [K, N] with values < 2**bits to int32 [K * bits / 32, N].
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from exporters.judge import JUDGES_VARIABLE
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import l4q_layers, save_l4q, wrap_linears
+from runtime_tests.engines.host import JUDGES
 
 ASSETS = Path(__file__).resolve().parent.parent / "build" / "assets"
 
@@ -45,6 +47,16 @@ def smollm2_dir() -> Path:
 def wiki_text() -> str:
     """Held-out Wikipedia articles."""
     return _asset("text/wiki_demo.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def dense_judge(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compressed-tensors that reads dense 3-bit words, made known to the exporters."""
+    folder = JUDGES / "compressed-tensors"
+    if not folder.exists():
+        pytest.fail(f"{folder} is missing: run `make judges` first (make test does)")
+    monkeypatch.setenv(JUDGES_VARIABLE, str(folder))
+    return folder
 
 
 def disturb(model: torch.nn.Module, seed: int = 0) -> None:

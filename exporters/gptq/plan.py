@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from exporters.container import container_bits, container_notes, describe, why_exact
+from exporters.container import DEFAULT_CONTAINER, container_bits, container_notes, describe, why_exact
 from exporters.hf_plan import (
     HEAD,
     VLLM_FAST_GROUPS,
@@ -46,7 +46,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     notes = [*dense_notes(dense, options), *container_notes(checkpoint, width)]
     if not is_symmetric(checkpoint):
         notes.append("sym is false, which vLLM's GPTQ loader refuses; GPTQModel takes it.")
-    vllm = _vllm(checkpoint, options)
+    vllm = _vllm(checkpoint, options, width)
     notes += split_notes(checkpoint, options, vllm, shares_row_scales=True)
     return ExportPlan(
         format="gptq",
@@ -89,12 +89,15 @@ def _refuse_sizes(checkpoint: L4QCheckpoint, width: int) -> None:
             f"GPTQ packs {width}-bit codes and zero-points into whole {WORD_BITS}-bit words",
             where=listing(odd),
             expected=f"in_features and out_features that are multiples of {per_run}",
-            remedy="leave these modules dense when training, or export to gguf or onnx",
+            remedy="leave these modules dense when training, or export to gguf or onnx"
+            + ("" if width == DEFAULT_CONTAINER else ", or leave --container-bits out"),
         )
 
 
-def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions) -> RuntimeSupport:
-    if not is_symmetric(checkpoint):
+def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions, width: int) -> RuntimeSupport:
+    if width != DEFAULT_CONTAINER:
+        reason = f"vLLM refuses GPTQ of {width} bits; without --container-bits it is written in 4-bit fields"
+    elif not is_symmetric(checkpoint):
         reason = "vLLM refuses GPTQ with sym: false; compressed-tensors holds integer zero-points exactly for it"
     elif slow := [size for size in group_sizes(checkpoint) if size not in VLLM_FAST_GROUPS]:
         reason = f"vLLM's GPTQ takes group sizes {VLLM_FAST_GROUPS}, this has {listing(map(str, slow))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,13 @@ from exporters.files import write_json
 from exporters.gptq.dynamic import dynamic_rules, stated_group_size
 from exporters.gptq.pack import ZERO_OFFSET, encode_zeros
 from exporters.hf_folder import missing_judge, read_section, write_config, write_tensors
-from exporters.hf_plan import HEAD, group_sizes, is_symmetric
+from exporters.hf_plan import HEAD, group_sizes, is_symmetric, skipped_linears
+from exporters.judge import needs_newer_judge, read_elsewhere
 from exporters.plan import ExportOptions, ExportPlan
 from exporters.words import pack_cols, pack_rows
 from l4q import __version__
-from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint
-from l4q.errors import UnsupportedError, VerificationError
+from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import VerificationError
 from l4q.shards import MAX_SHARD_BYTES, ShardReader
 from l4q.weight import F32, QuantizedWeight
 
@@ -92,7 +94,11 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
         "meta": {"quantizer": producers},
     }
     rules = dynamic_rules(checkpoint)
-    return {**section, "dynamic": rules} if rules else section
+    if rules:
+        section["dynamic"] = rules  # GPTQModel and vLLM
+    if skipped_linears(checkpoint):
+        section["modules_in_block_to_quantize"] = [list(checkpoint.modules)]  # transformers, and vLLM too
+    return section
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
@@ -102,13 +108,34 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     ignores qzeros and g_idx. A folder on which the two would disagree is refused.
 
     Raises:
-        VerificationError: qzeros contradict `sym`, or g_idx is not k // group_size.
-        UsageError: The config is not GPTQ, or compressed-tensors is not installed.
+        VerificationError: qzeros contradict `sym`, g_idx is not k // group_size, or quantize_config.json says something
+            else than config.json.
+        UsageError: The config is not GPTQ, or no compressed-tensors that knows its fields is installed.
     """
-    section = _read_section(folder)
+    section = read_section(folder, "gptq", "a GPTQ")
+    _check_legacy(folder, section)
+    if needs_newer_judge(int(section["bits"])):
+        yield from read_elsewhere("gptq", folder)
+        return
     shards = ShardReader.open(folder)
     for module in sorted(name.removesuffix(".qweight") for name in shards.names if name.endswith(".qweight")):
         yield module, _decode(module, shards, section)
+
+
+def _check_legacy(folder: Path, section: dict[str, Any]) -> None:
+    """GPTQModel reads quantize_config.json first, everybody else config.json: both must say the same."""
+    path = folder / LEGACY_CONFIG_NAME
+    if not path.exists():
+        return
+    legacy = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(key for key in {*section, *legacy} if section.get(key) != legacy.get(key))
+    if differing:
+        raise VerificationError(
+            "quantize_config.json contradicts config.json, and readers differ in which they take",
+            where=path,
+            got={key: legacy.get(key) for key in differing},
+            expected={key: section.get(key) for key in differing},
+        )
 
 
 def _decode(module: str, shards: ShardReader, section: dict[str, Any]) -> F32:
@@ -153,15 +180,6 @@ def _foreign_unpack(words: torch.Tensor, bits: int, shape: tuple[int, int], axis
         raise missing_judge("a GPTQ", error) from error
     signed: np.ndarray[Any, Any] = unpack_from_int32(words, bits, torch.Size(shape), packed_dim=axis).numpy()
     return signed.astype(np.int16) + (1 << (bits - 1))
-
-
-def _read_section(folder: Path) -> dict[str, Any]:
-    section = read_section(folder, "gptq", "a GPTQ")
-    if section["bits"] != 4:
-        raise UnsupportedError(
-            "only 4-bit GPTQ can be read back", where=folder / CONFIG_NAME, got=f"bits {section['bits']}", expected=4
-        )
-    return section
 
 
 def _group_index(columns: int, group_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:

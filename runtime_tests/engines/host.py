@@ -35,7 +35,10 @@ ENGINES = {
     "vllm": HERE / "vllm_engine.py",
     "llamacpp": HERE / "llamacpp_engine.py",
     "onnxruntime": HERE / "onnxruntime_engine.py",
+    "loaders": HERE / "loaders_engine.py",
 }
+# `make judges` fills it with what cannot live in the environment (tools/fetch_judges.py)
+JUDGES = PROJECT / "build" / "judges"
 
 # The worker sees these variables of ours and the tables below, nothing else: a run does not depend on the shell.
 INHERITED = (
@@ -69,6 +72,10 @@ ENGINE_ENV = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         # Ranking prompt logprobs is a torch.compile'd helper: 20 s of C++ compilation for a first prompt of 5 tokens.
         "TORCHDYNAMO_DISABLE": "1",
+    },
+    "loaders": {
+        "PYTHONPATH": os.pathsep.join(str(JUDGES / name) for name in ("gptqmodel", "compressed-tensors")),
+        "TORCHDYNAMO_DISABLE": "1",  # GPTQModel compiles its dequantizer, which takes longer than a test
     },
 }
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
