@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 LOCK = Path("requirements.lock")
-EXTRAS = ("gptq", "gguf", "onnx", "vllm-cpu", "train", "eval", "dev")
+EXTRAS = ("gptq", "gguf", "onnx", "genai", "serve", "vllm-cpu", "train", "fast", "cuda", "eval", "dev")
 
 # lm_eval imports these only for metrics, tables and caches that multiple-choice tasks do without.
 LM_EVAL_UNUSED = (
@@ -46,7 +46,6 @@ EXCLUDED = {
     "torchaudio": "no CPU build in the package index; its CUDA build breaks the import of vllm, text models need none",
     "torchcodec": "as torchaudio",
     "torchvision": "as torchaudio",
-    "triton": "GPU kernels only",
 }
 
 # Versions that may not follow the newest release: package -> (version, reason).
