@@ -14,6 +14,8 @@ from exporters.judge import JUDGES_VARIABLE
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import l4q_layers, save_l4q, wrap_linears
 from runtime_tests.engines.host import JUDGES
+from tools.fetch_judges import JUDGES as FOREIGN
+from tools.fetch_judges import is_installed
 
 ASSETS = Path(__file__).resolve().parent.parent / "build" / "assets"
 
@@ -49,14 +51,20 @@ def wiki_text() -> str:
     return _asset("text/wiki_demo.txt").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="session")
+def judges() -> Path:
+    """Folder of the foreign readers that cannot live in the environment."""
+    missing = [name for name in FOREIGN if not is_installed(name, JUDGES)]
+    if missing:
+        pytest.fail(f"{missing} are missing in {JUDGES}: run `make judges` first (make test does)")
+    return JUDGES
+
+
 @pytest.fixture
-def dense_judge(monkeypatch: pytest.MonkeyPatch) -> Path:
+def dense_judge(judges: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The compressed-tensors that reads dense 3-bit words, made known to the exporters."""
-    folder = JUDGES / "compressed-tensors"
-    if not folder.exists():
-        pytest.fail(f"{folder} is missing: run `make judges` first (make test does)")
-    monkeypatch.setenv(JUDGES_VARIABLE, str(folder))
-    return folder
+    monkeypatch.setenv(JUDGES_VARIABLE, str(judges / "compressed-tensors"))
+    return judges / "compressed-tensors"
 
 
 def disturb(model: torch.nn.Module, seed: int = 0) -> None:

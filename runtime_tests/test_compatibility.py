@@ -18,6 +18,7 @@ from exporters.plan import ExportOptions
 from l4q.errors import L4QError
 from runtime_tests.compatibility import DENSE, FORMATS, READERS, STORED, Bench, Cell, Row, message_of, table_rows
 from runtime_tests.converter_mistakes import Edit, flipped, relabel, tensors
+from runtime_tests.engines.host import EngineError
 from runtime_tests.hf_exports import edit_config
 from tools.compatibility import COLUMNS, DOCUMENT, header, parse, render
 
@@ -44,7 +45,9 @@ def documented() -> dict[Row, dict[str, Cell]]:
 
 
 @pytest.fixture(scope="module")
-def bench(glassllm_dir: Path, wiki_text: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(
+    glassllm_dir: Path, wiki_text: str, judges: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
     """Exports and workers of all tests here."""
     made = Bench(glassllm_dir, wiki_text, tmp_path_factory.mktemp("compatibility"))
     yield made
@@ -145,6 +148,12 @@ def test_a_refusal_is_told_in_the_loaders_words(bench: Bench, tmp_path: Path) ->
     cell = bench.judge(row, "transformers", folder)
     assert (cell.status, str(tmp_path) in cell.message) == ("refused", False)
     assert "[2,3,4,8] bits but found 7" in cell.message
+
+
+def test_only_known_loaders_are_taken(bench: Bench) -> None:
+    """The worker names the loaders it has."""
+    with pytest.raises(EngineError, match=r"unknown loader 'other'.*gptqmodel.*transformers"):
+        bench.engine("loaders", bench.folder(Row("GPTQ (v1)", "int4", "integer")), loader="other")
 
 
 def test_messages_lose_frames_and_paths() -> None:
