@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "train": Subcommand("l4q.cli_train", "Fine-tune a model and freeze it to an L4Q checkpoint."),
     "freeze": Subcommand("l4q.cli_refreeze", "Freeze a saved step of a run, if asked on another grid."),
     "export": Subcommand("exporters.cli", "Convert an L4Q checkpoint for a runtime."),
+    "inspect": Subcommand("exporters.inspect.cli", "Show what a checkpoint, an export or a foreign model holds."),
     "eval": Subcommand("runtime_tests.cli_eval", "Perplexity and lm_eval tasks of a checkpoint or an export."),
     "parity": Subcommand("runtime_tests.cli", "Compare exports in their runtimes with the checkpoint."),
 }
