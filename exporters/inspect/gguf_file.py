@@ -12,7 +12,7 @@ import torch
 from exporters.inspect.facts import GridValues, Source, TensorEntry
 from exporters.inspect.runtimes import of_gguf
 from l4q.errors import UsageError
-from l4q.starts.gguf import LINEAR_TYPES, GgufStart, integer_points
+from l4q.starts.gguf import LINEAR_TYPES, MAGIC, integer_points
 
 BLOCK = 32
 PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
@@ -33,7 +33,10 @@ def open_source(path: Path) -> Source:
     """
     from gguf import GGUFReader
 
-    GgufStart.open(path)  # its checks and messages
+    with path.open("rb") as file:
+        magic = file.read(len(MAGIC))
+    if magic != MAGIC:
+        raise UsageError("not a GGUF file", where=path, got=magic, expected=MAGIC, remedy="copy it again")
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, struct.error) as error:

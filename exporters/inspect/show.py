@@ -21,6 +21,7 @@ MOST_ROWS = 16
 LEAST_BYTES = 64
 """Smaller tensors are left out of the table of layers."""
 WIDTH = 80
+NAME_WIDTH = 22
 
 
 def as_json(path: Path, source: Source, counts: Counts) -> dict[str, Any]:
@@ -110,8 +111,8 @@ def _layers(counts: Counts) -> Table:
         table.caption = f"{sum(row.count for row in small)} tensors of fewer than {LEAST_BYTES} bytes are not listed"
     for row in (row for row in counts.rows if row.nbytes >= LEAST_BYTES):
         shape = "×".join(map(str, row.shape))
-        cells = (row.pattern, shape, row.encoding, row.grid, str(row.count), f"{row.nbytes:,}")
-        table.add_row(*(Text(_plain(cell)) for cell in cells))
+        cells = (_broken(row.pattern), shape, row.encoding, row.grid, str(row.count), f"{row.nbytes:,}")
+        table.add_row(*(Text("\n".join(map(_plain, cell.split("\n")))) for cell in cells))
     return table
 
 
@@ -124,6 +125,19 @@ def _parts(counts: Counts) -> Table:
         share = f"{100 * part.nbytes / counts.nbytes:.1f} %" if counts.nbytes else ""
         table.add_row(name, f"{part.tensors:,}", f"{part.weights:,}", f"{part.nbytes:,}", bits, share)
     return table
+
+
+def _broken(name: str) -> str:
+    """A long name in lines that break at its dots."""
+    lines = [""]
+    for part in name.replace("\n", "?").split("."):
+        longer = f"{lines[-1]}.{part}" if lines[-1] else part
+        if len(longer) > NAME_WIDTH and lines[-1]:
+            lines[-1] += "."
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def _table(title: str) -> Table:
