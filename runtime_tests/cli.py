@@ -13,7 +13,7 @@ from l4q.cli_common import run
 
 @click.command(
     name="parity",
-    epilog="Example: l4q-parity RUN/checkpoint exports/gptq exports/gguf exports/onnx --text held_out.txt",
+    epilog="Example: l4q-parity RUN/checkpoint exports/gptq exports/gguf exports/onnx --text held_out.txt --report",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -25,7 +25,14 @@ from l4q.cli_common import run
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads per engine.")
 @click.option("--timeout", default=900.0, show_default=True, help="Seconds one engine may take for one answer.")
 @click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="Another interpreter for an engine.")
-@click.option("--report", type=click.Path(path_type=Path), default=None, help="Write report.json here.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), default=None, is_flag=False, flag_value=Path("parity"),
+    metavar="[DIR|FILE.json]", help="Write report.html and report.json here; into ./parity if no place is given.",
+)  # fmt: skip
+@click.option(
+    "--start", type=click.Path(path_type=Path), default=None, metavar="FOLDER",
+    help="16-bit model for the report's weight errors; found by itself where the run's record names it.",
+)  # fmt: skip
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Put the figures into the exports' model cards."
 )

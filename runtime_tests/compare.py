@@ -12,6 +12,7 @@ import numpy.typing as npt
 from l4q.errors import VerificationError
 
 F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,18 @@ class ParityStats:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenTrace:
+    """What both sides answered for every scored token, [tokens] each, in the order of the windows."""
+
+    oracle: F32
+    """log p of the text's own token."""
+    runtime: F32
+    oracle_top: I64
+    """The token each put first."""
+    runtime_top: I64
+
+
 class LogprobComparison:
     """Accumulates windows in float64; add every window, then read `stats`."""
 
@@ -45,6 +58,7 @@ class LogprobComparison:
         self._oracle_nll = self._nll = self._abs = self._kl = 0.0
         self._max = 0.0
         self._same = 0
+        self._traces: list[tuple[F32, F32, I64, I64]] = []
 
     def add(self, token_ids: list[int], oracle: F32, runtime: F32) -> None:
         """Compare one window.
@@ -78,7 +92,9 @@ class LogprobComparison:
         self._nll -= reached.sum()
         self._abs += difference.sum()
         self._max = max(self._max, float(difference.max(initial=0.0)))
-        self._same += int((expected.argmax(-1) == got.argmax(-1)).sum())
+        tops = expected.argmax(-1), got.argmax(-1)
+        self._same += int((tops[0] == tops[1]).sum())
+        self._traces.append((wanted.astype(np.float32), reached.astype(np.float32), *tops))
         self._kl += _kl_divergence(expected, got)
 
     @property
@@ -97,11 +113,22 @@ class LogprobComparison:
             oracle_perplexity=oracle,
             perplexity=reached,
             delta_percent=(reached / oracle - 1) * 100,
-            mean_abs_dlogprob=self._abs / self._tokens,
+            mean_abs_dlogprob=float(self._abs / self._tokens),
             max_abs_dlogprob=self._max,
             kl=self._kl / self._tokens,
             top1=self._same / self._tokens,
         )
+
+    @property
+    def trace(self) -> TokenTrace:
+        """Every scored token so far.
+
+        Raises:
+            VerificationError: No token was compared.
+        """
+        _ = self.stats
+        oracle, runtime, oracle_top, runtime_top = (np.concatenate(parts) for parts in zip(*self._traces, strict=True))
+        return TokenTrace(oracle=oracle, runtime=runtime, oracle_top=oracle_top, runtime_top=runtime_top)
 
 
 def _kl_divergence(expected: F32, got: F32) -> float:

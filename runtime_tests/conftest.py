@@ -14,6 +14,7 @@ from exporters.judge import JUDGES_VARIABLE
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import l4q_layers, save_l4q, wrap_linears
 from runtime_tests.engines.host import JUDGES
+from runtime_tests.report_runs import Reports, make_reports
 from tools.fetch_judges import JUDGES as FOREIGN
 from tools.fetch_judges import is_installed
 
@@ -113,3 +114,11 @@ def glass_checkpoint(glassllm_dir: Path, tmp_path_factory: pytest.TempPathFactor
 def smollm2_checkpoint(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker:
     """As glass_checkpoint, for SmolLM2: 210 quantized linears."""
     return _maker(smollm2_dir, tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def reports(glass_checkpoint: CheckpointMaker, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """l4q-parity's reports on an ONNX export of the checkpoint, and on one of another grid of the same model."""
+    text = _asset("text/wiki_demo.txt")
+    checkpoints = glass_checkpoint("integer", group_size=32), glass_checkpoint("none", group_size=32)
+    return make_reports(*checkpoints, text, tmp_path_factory.mktemp("reports"))

@@ -11,7 +11,7 @@ from exporters.export import EXPORTERS, get_exporter
 from exporters.verify import verify
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import L4QError, VerificationError
-from runtime_tests.compare import F32, LogprobComparison, ParityStats
+from runtime_tests.compare import F32, LogprobComparison, ParityStats, TokenTrace
 from runtime_tests.engines.host import RemoteEngine
 from runtime_tests.targets import ParityTarget
 from runtime_tests.thresholds import CheckResult, limits_for
@@ -42,6 +42,8 @@ class ParityRow:
     target: ParityTarget
     info: dict[str, Any] = field(default_factory=dict)
     stats: ParityStats | None = None
+    trace: TokenTrace | None = None
+    """Token by token, for the report's charts; not part of `to_dict`."""
     checks: tuple[CheckResult, ...] = ()
     exact: int | None = None
     """Tensors a foreign decoder finds bit-identical; None if that was not checked."""
@@ -163,6 +165,7 @@ def run_target(
         target=target,
         info=info,
         stats=stats,
+        trace=comparison.trace,
         checks=tuple(limit.check(stats) for limit in limits_for(target.format, target.variant)),
         exact=exact,
         total=total,

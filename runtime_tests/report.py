@@ -1,4 +1,4 @@
-"""Parity reports for people: a terminal table, Markdown for the model card, JSON for machines.
+"""Parity reports: a terminal table, Markdown for the model card, a page for people, JSON for machines.
 
 All functions take the JSON form of a report (`ParityReport.to_dict`), so that a stored report prints like a fresh one.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from l4q.errors import UsageError
 
 Report = Mapping[str, Any]
 
@@ -60,9 +62,33 @@ def markdown(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(report: Report, path: Path) -> None:
-    """Write report.json."""
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def report_files(place: Path) -> tuple[Path, Path]:
+    """Where the two files of a report go: into the folder `place`, or at PLACE.json and PLACE.html; folders are made.
+
+    Raises:
+        UsageError: `place` cannot be written to.
+    """
+    folder, stem = (place.parent, place.stem) if place.suffix == ".json" else (place, "report")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            "the report cannot be written there",
+            where=place,
+            got=error,
+            expected="a folder, or a file name ending in .json",
+            remedy="choose another --report",
+        ) from error
+    return folder / f"{stem}.json", folder / f"{stem}.html"
+
+
+def write_report(report: Report, place: Path) -> None:
+    """Write report.json and, beside it, report.html with the same numbers; see `report_files`."""
+    from runtime_tests.report_html.page import render_page
+
+    data, page = report_files(place)
+    data.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    page.write_text(render_page(report), encoding="utf-8")
 
 
 def _baselines(report: Report) -> dict[str, float]:

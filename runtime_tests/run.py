@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from rich.progress import Progress as Bars
 from exporters.card import update_parity
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
-from runtime_tests.parity import ParityOptions, Progress, assert_parity, run_parity
-from runtime_tests.report import markdown, table, write_report
+from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_parity, run_parity
+from runtime_tests.report import markdown, report_files, table, write_report
+from runtime_tests.report_html.details import describe
 from runtime_tests.targets import detect
 
 
@@ -27,6 +28,8 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         VerificationError: Parity failed; reports and cards are written before that.
     """
     checkpoint = L4QCheckpoint.open(arguments["checkpoint"])
+    if arguments["report"]:
+        report_files(arguments["report"])  # a place that cannot be written to is refused before the engines start
     targets = [target for folder in arguments["exports"] for target in detect(folder)]
     windows, prompt = read_windows(checkpoint.path, arguments["text"], arguments["windows"], arguments["window"])
     options = ParityOptions(
@@ -38,7 +41,7 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
     )
     with progress_bars() as progress:
         report = run_parity(checkpoint.path, targets, windows, options, progress)
-    content = report.to_dict()
+    content = full_report(report, checkpoint, windows, arguments)
     if arguments["report"]:
         write_report(content, arguments["report"])
     if arguments["card"]:
@@ -47,6 +50,31 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         Console().print(table(content))
     assert_parity(report)
     return content
+
+
+def full_report(
+    report: ParityReport, checkpoint: L4QCheckpoint, windows: list[list[int]], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """report.json: the figures, and tokens in context, sizes and weight errors for the page.
+
+    Raises:
+        UsageError: The start that was named cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    settings = {
+        "text": Path(arguments["text"]).name,
+        "windows": arguments["windows"],
+        "tokens_per_window": arguments["window"],
+        "threads": arguments["threads"],
+        "new_tokens": arguments["new_tokens"],
+    }
+    return describe(report, checkpoint, windows, decode, start=arguments["start"], settings=settings)
 
 
 def read_windows(checkpoint: Path, text_file: Path, count: int, window: int) -> tuple[list[list[int]], list[int]]:

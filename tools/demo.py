@@ -64,6 +64,8 @@ def export(name: str) -> None:
 
 def compare() -> dict[str, Any]:
     """`l4q-parity` over the three folders, and the baselines; the report of a complete earlier run is reused."""
+    from runtime_tests.report import write_report
+
     path = OUT / "report.json"
     if path.is_file():
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +77,7 @@ def compare() -> dict[str, Any]:
     tool("l4q-parity", OUT / "checkpoint", *folders, "--text", HELD_OUT, *counts, "--report", path)
     report = json.loads(path.read_text(encoding="utf-8"))
     report["baselines"] = baselines()
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(report, path)  # once more, with the baselines
     return report
 
 
@@ -118,7 +120,7 @@ def conclude(report: dict[str, Any], seconds: float) -> None:
     console.print(f"L4Q {trained:.3f} against round-to-nearest {rounded:.3f} on held-out text: {better:.1f} % lower.")
     console.print("The start is a 4-bit GGUF of SmolLM2 (the copy PyPI has), and Wikipedia is in its pretraining:")
     console.print("read these perplexities as differences between rows.")
-    console.print(f"Folders and report.json: {OUT.relative_to(PROJECT)}. Took {seconds / 60:.1f} minutes.")
+    console.print(f"Folders, report.html and report.json: {OUT.relative_to(PROJECT)}. Took {seconds / 60:.1f} minutes.")
 
 
 def tool(name: str, *arguments: object) -> None:

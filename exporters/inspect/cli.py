@@ -1,0 +1,43 @@
+"""`l4q-inspect`: what a checkpoint, an export or somebody else's quantized model holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from l4q.cli_common import run
+
+
+@click.command(
+    name="inspect",
+    epilog="Example: l4q-inspect RUN/checkpoint; l4q-inspect model.gguf --json",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--headers", is_flag=True, help="Read headers only: quick, without bits, group sizes and histograms.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(path: Path, headers: bool, as_json: bool) -> None:
+    """Show what PATH holds: layers, bits, group sizes, zero-points, histograms, sizes, and which runtimes load it.
+
+    PATH is an L4Q checkpoint, a GPTQ, AWQ or compressed-tensors folder, a model that is not quantized, a GGUF file or
+    an ONNX file; ours or anybody's.
+    """
+    from rich.console import Console
+
+    from exporters.inspect import show
+    from exporters.inspect.counts import count
+    from exporters.inspect.open import open_source
+
+    source = open_source(path)
+    counts = count(source, read=not headers)
+    if as_json:
+        click.echo(json.dumps(show.as_json(path, source, counts), indent=2))
+    else:
+        show.show(path, source, counts, Console(width=show.WIDTH))
+
+
+def main() -> None:
+    """Entry point of the `l4q-inspect` command."""
+    run(command)
