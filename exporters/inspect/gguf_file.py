@@ -12,7 +12,8 @@ import torch
 from exporters.inspect.facts import GridValues, Source, TensorEntry
 from exporters.inspect.runtimes import of_gguf
 from l4q.errors import UsageError
-from l4q.starts.gguf import LINEAR_TYPES, MAGIC, integer_points
+from l4q.starts.gguf import MAGIC
+from l4q.starts.gguf_blocks import LINEAR_TYPES, integer_points
 
 BLOCK = 32
 PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
