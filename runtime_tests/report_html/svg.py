@@ -68,7 +68,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Mark
 
 
 def heat(cells: Mapping[tuple[str, int], float], label: str) -> Markup:
-    """One square per (row name, column number), the darker the larger; rows in order of appearance."""
+    """One square per (row name, column number), the stronger the larger; rows in order of appearance."""
     rows = list(dict.fromkeys(name for name, _ in cells))
     columns = max((number for _, number in cells), default=0) + 1
     side = min(22.0, 560.0 / columns)
