@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 COUNT_PACKAGES = /^(Collecting|Processing|Requirement)/ { printf "\r    %d of %d", ++n, total; fflush() } \
   /^Installing/ { printf ", unpacking"; fflush() } END { print "" }
 
-.PHONY: help venv assets lint format test demo reproduce lock clean distclean
+.PHONY: help venv assets judges browser lint format test demo reproduce compatibility lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +56,16 @@ $(STAMP):
 assets: venv ## fetch and convert the real models and texts to build/assets
 	@$(BIN)/python -m tools.fetch_assets
 
+judges: venv ## install the foreign readers that tests compare with to build/judges
+	@$(BIN)/python -m tools.fetch_judges
+
+browser: ## Chromium, which looks at the report page in a test
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if command -v apt-get >/dev/null && [ $$(id -u) = 0 ]; then \
+	  echo "==> installing Chromium"; apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; \
+	else echo "A test opens the parity report in Chromium: install it with your system's package manager." >&2; exit 2; fi
+
 lint: venv ## ruff and mypy
 	@echo "==> ruff"
 	@$(BIN)/ruff check $(CODE)
@@ -67,7 +77,7 @@ format: venv ## repair what ruff can repair
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-test: assets lint ## lint, then every test, with the real runtimes
+test: assets judges browser lint ## lint, then every test, with the real runtimes
 	@echo "==> pytest"
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest # idle threads sleep: spinning ones starve a busy machine
 
@@ -76,6 +86,9 @@ demo: assets ## train, export and compare on SmolLM2-135M-Instruct; results in b
 
 reproduce: assets ## compare L4Q with its baselines on glassllm, 4 and 3 bits, 3 seeds; results in build/reproduce
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tools.reproduce --resume
+
+compatibility: assets judges ## run every format in every runtime and write docs/compatibility.md
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tools.compatibility
 
 lock: venv ## rewrite requirements.lock from pyproject.toml
 	@$(BIN)/python -m tools.lock
