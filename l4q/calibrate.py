@@ -77,7 +77,7 @@ def search_grid(weight: torch.Tensor, quant: QuantConfig, moments: torch.Tensor 
         moments: E[x_j^2], [in]; None weighs all columns alike.
 
     Returns:
-        scales, offsets: float32, each [out, groups]; s lies on the scale grid.
+        scales, offsets: float32, each [out, groups]; s lies on the scale grid, unless that is a K grid.
     """
     group_size = quant.resolve_group_size(weight.shape[1])
     importance = torch.ones(weight.shape[1], device=weight.device) if moments is None else moments.to(weight.device)
@@ -114,7 +114,9 @@ def _candidates(grouped: torch.Tensor, quant: QuantConfig) -> Iterator[tuple[tor
     low, high = grouped.amin(-1), grouped.amax(-1)
 
     def snap(scales: torch.Tensor) -> torch.Tensor:
-        return snap_scales(scales.clamp(min=SCALE_MIN), quant.scale_grid)
+        positive = scales.clamp(min=SCALE_MIN)
+        # On a K grid a scale's neighbours decide what it becomes, and they are not chosen yet: search free numbers.
+        return positive if quant.k_grid is not None else snap_scales(positive, quant.scale_grid)
 
     if quant.zero_point == "none":
         widest = l4q_init(grouped, quant).scales

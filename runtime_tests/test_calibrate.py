@@ -67,6 +67,18 @@ def test_no_other_start_has_a_smaller_weighted_error(kind: Any, bits: int) -> No
     assert ours.mean() < unweighted.mean()  # the twin: without the inputs' sizes the same search does worse
 
 
+@pytest.mark.parametrize(("grid", "bits", "kind"), [("q4_k", 4, "none"), ("q4_k", 4, "float"), ("q3_k", 3, "none")])
+def test_k_grids_start_better_too(grid: Any, bits: int, kind: Any) -> None:
+    """Also after the superblocks have rounded the scales that were searched, the weighted error is the smaller one."""
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(bits)) * 0.03
+    moments = torch.rand(512, generator=torch.Generator().manual_seed(0)) ** 4
+    quant = QuantConfig(bits=bits, group_size=16 if bits == 3 else 32, zero_point=kind, scale_grid=grid)
+    ours = weighted_error(weight, search_grid(weight, quant, moments), quant, moments)
+    for other in ("l4q", "asymm") if kind == "float" else ("l4q",):
+        theirs = weighted_error(weight, init_qparams(weight, quant, other), quant, moments)
+        assert ours.mean() < 0.95 * theirs.mean(), other
+
+
 def test_moments_are_those_of_the_layers_inputs(model: Any, windows: list[list[int]]) -> None:
     """E[x²] of the first projection is that of the normalized embeddings; of other text it differs."""
     found = input_moments(model, [QUERY], windows[:2])[QUERY]

@@ -76,7 +76,7 @@ def l4q_grid(quant: QuantConfig, init: Init) -> Quantizer:
         start = init_qparams(weight, grid, init)
         nothing = LoraUpdate(torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1), 0.0)
         frozen = freeze_weight(weight, nothing, grid_params(start.scales, start.offsets, grid), grid)
-        kind = choose_encoding(_subject(frozen), "auto").name
+        kind = choose_encoding(as_subject(frozen), "auto").name
         return kind, np.asarray(encode(frozen, kind))
 
     return quantize
@@ -92,25 +92,26 @@ def llama_cpp(kind: str) -> Quantizer:
     return quantize
 
 
-def _grid(bits: int, zero_point: str, scale_grid: str) -> QuantConfig:
+def grid_config(bits: int, zero_point: str, scale_grid: str) -> QuantConfig:
+    """A grid with the group size of its scale grid: 32, or 16 on q3_k."""
     size = K_GRIDS[scale_grid].group_size if scale_grid in K_GRIDS else 32
     values = {"bits": bits, "group_size": size, "zero_point": zero_point, "scale_grid": scale_grid}
     return QuantConfig.from_dict(values)
 
 
 QUANTIZERS: Mapping[str, Quantizer] = {
-    "l4q q3_k none": l4q_grid(_grid(3, "none", "q3_k"), "l4q"),
+    "l4q q3_k none": l4q_grid(grid_config(3, "none", "q3_k"), "l4q"),
     "llama.cpp Q3_K": llama_cpp("Q3_K"),
-    "l4q q4_k none": l4q_grid(_grid(4, "none", "q4_k"), "l4q"),
-    "l4q q4_k float": l4q_grid(_grid(4, "float", "q4_k"), "asymm"),
+    "l4q q4_k none": l4q_grid(grid_config(4, "none", "q4_k"), "l4q"),
+    "l4q q4_k float": l4q_grid(grid_config(4, "float", "q4_k"), "asymm"),
     "llama.cpp Q4_K": llama_cpp("Q4_K"),
-    "l4q fp16 none, 3 bits": l4q_grid(_grid(3, "none", "fp16"), "l4q"),
-    "l4q fp16 none": l4q_grid(_grid(4, "none", "fp16"), "l4q"),
+    "l4q fp16 none, 3 bits": l4q_grid(grid_config(3, "none", "fp16"), "l4q"),
+    "l4q fp16 none": l4q_grid(grid_config(4, "none", "fp16"), "l4q"),
     "llama.cpp Q4_0": llama_cpp("Q4_0"),
-    "l4q fp16_s7 integer": l4q_grid(_grid(4, "integer", "fp16_s7"), "asymm"),
-    "l4q fp16 float": l4q_grid(_grid(4, "float", "fp16"), "asymm"),
+    "l4q fp16_s7 integer": l4q_grid(grid_config(4, "integer", "fp16_s7"), "asymm"),
+    "l4q fp16 float": l4q_grid(grid_config(4, "float", "fp16"), "asymm"),
     "llama.cpp Q4_1": llama_cpp("Q4_1"),
-    "l4q fp16 integer": l4q_grid(_grid(4, "integer", "fp16"), "asymm"),
+    "l4q fp16 integer": l4q_grid(grid_config(4, "integer", "fp16"), "asymm"),
     "llama.cpp Q5_0": llama_cpp("Q5_0"),
 }
 """In the order of the table; groups of 32 columns, 16 on q3_k."""
@@ -169,7 +170,8 @@ def decode(stored: Stored) -> F32:
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float32, copy=False)
 
 
-def _subject(weight: QuantizedWeight) -> Subject:
+def as_subject(weight: QuantizedWeight) -> Subject:
+    """The weight as the GGUF encoder wants it."""
     info = WeightInfo(
         out_features=weight.out_features,
         in_features=weight.in_features,
