@@ -103,6 +103,13 @@ def test_one_weight_is_in_memory_at_a_time(checkpoint: L4QCheckpoint, tmp_path: 
     assert held > 0.9 * size
 
 
+def test_reading_back_frees_each_weight(folder: Path, checkpoint: L4QCheckpoint) -> None:
+    """Decoding in onnx's evaluator, which refers to itself, holds no weight once the next is read."""
+    size = (folder / "model.onnx.data").stat().st_size
+    assert traced_peak(lambda: [module for module, _ in onnx_exporter.read_back(folder)]) < size
+    assert traced_peak(lambda: list(onnx_exporter.read_back(folder))) > 4 * size  # float32 for 4 bits
+
+
 def beyond_the_limit(folder: Path, target: Path) -> list[tuple[int, int, onnx.TensorProto]]:
     """A copy whose data lie behind a hole of 2 GB, which takes no disk: every offset needs more than 31 bits."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)

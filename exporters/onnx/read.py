@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 from onnx.reference import ReferenceEvaluator
 
@@ -44,10 +44,12 @@ def _evaluate(nodes: list[onnx.NodeProto], parts: list[onnx.TensorProto], model:
     if parts[-1].name.endswith(BIAS_SUFFIX):
         nodes += _add_group_bias(result, list(parts[0].dims), parts[-1])
         result = "weight"
+    inputs = [helper.make_tensor_value_info(part.name, part.data_type, list(part.dims)) for part in parts]
     output = helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, list(parts[0].dims))
-    graph = helper.make_graph(nodes, "weight", [], [output], initializer=parts)
+    graph = helper.make_graph(nodes, "weight", inputs, [output])
     single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    (values,) = ReferenceEvaluator(single).run([result], {})
+    # Inputs, not initializers: an evaluator refers to itself, so what it holds stays until Python looks for cycles.
+    (values,) = ReferenceEvaluator(single).run([result], {part.name: numpy_helper.to_array(part) for part in parts})
     return np.asarray(values)
 
 
