@@ -26,7 +26,8 @@ from l4q.quant import merge_lora
 from l4q.run_folder import RunFolder
 from l4q.state_tensors import saved_tensors
 from l4q.targets import require_k_layers
-from l4q.train import Evaluator, evaluation_windows, load_model, save_frozen, wrap_model
+from l4q.train import Evaluator, evaluation_windows, save_frozen
+from l4q.train_model import load_model, wrap_model
 from l4q.train_options import EvalOptions, TrainOptions
 from l4q.train_state import TRAINABLE, is_intact, list_states, read_json
 from l4q.warmup import in_warmup, start_quantization

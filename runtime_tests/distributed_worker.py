@@ -15,7 +15,8 @@ from l4q.config import LoraConfig, QuantConfig
 from l4q.distributed import decide, leave, process_index
 from l4q.errors import L4QError
 from l4q.sharding import shard_model
-from l4q.train import load_model, train
+from l4q.train import train
+from l4q.train_model import load_model
 from l4q.train_options import TrainOptions
 from runtime_tests.train_runs import rewind
 

@@ -21,7 +21,8 @@ from l4q.evaluate import windows_perplexity
 from l4q.linear import L4QLinear
 from l4q.model import l4q_layers, load_trainable_state, trainable_state, wrap_linears
 from l4q.quant import LoraUpdate, freeze_weight
-from l4q.train import evaluation_windows, load_model, train, wrap_model
+from l4q.train import evaluation_windows, train
+from l4q.train_model import load_model, wrap_model
 from l4q.train_options import EvalOptions
 from runtime_tests.conftest import disturb
 from runtime_tests.train_runs import base_options, final_weights

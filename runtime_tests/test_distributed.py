@@ -22,7 +22,8 @@ from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
 from l4q.model import load_trainable_state, save_l4q
 from l4q.state_tensors import saved_tensors
-from l4q.train import load_model, train, wrap_model
+from l4q.train import train
+from l4q.train_model import load_model, wrap_model
 from l4q.train_options import TrainOptions
 from runtime_tests.distributed_worker import PROCESSES, SAVED, STEPS, global_options
 from runtime_tests.train_runs import metrics, rewind, same_checkpoints, write_pairs

@@ -20,7 +20,8 @@ from l4q.config import QuantConfig
 from l4q.model import l4q_layers, load_trainable_state
 from l4q.refreeze import FreezeOptions, refreeze
 from l4q.state_tensors import saved_tensors
-from l4q.train import load_model, train, wrap_model
+from l4q.train import train
+from l4q.train_model import load_model, wrap_model
 from l4q.train_options import EvalOptions, TrainOptions
 from l4q.train_state import TRAINABLE, list_states
 from runtime_tests.random_models import build_model

@@ -22,7 +22,8 @@ from l4q.linear import L4QLinear
 from l4q.model import l4q_layers, load_trainable_state
 from l4q.refreeze import FreezeOptions, refreeze, regrid_model
 from l4q.state_tensors import saved_tensors
-from l4q.train import load_model, train, wrap_model
+from l4q.train import train
+from l4q.train_model import load_model, wrap_model
 from l4q.train_options import EvalOptions, OptimOptions, TrainOptions
 from l4q.train_state import TRAINABLE, state_folder
 from runtime_tests.test_linear import clipped_layer

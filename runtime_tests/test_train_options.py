@@ -136,7 +136,7 @@ def _start(made: TrainOptions) -> dict[str, torch.Tensor]:
 def _wrapped(made: TrainOptions) -> Any:
     from transformers import set_seed
 
-    from l4q.train import load_model, wrap_model
+    from l4q.train_model import load_model, wrap_model
 
     model, _ = load_model(made)
     set_seed(made.seed)

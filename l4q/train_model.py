@@ -1,0 +1,115 @@
+"""The model of a run: loaded as the options say, and wrapped."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from l4q.calibrate import Moments, input_moments
+from l4q.data import TrainingData
+from l4q.errors import UnsupportedError, UsageError
+from l4q.model import WrapReport, l4q_layers, wrap_linears
+from l4q.rules import split_siblings
+from l4q.sharding import hollow_model, reads_weights
+from l4q.starts import open_start
+from l4q.starts.match import fit_scale_grid
+from l4q.train_options import TrainOptions
+
+log = logging.getLogger(__name__)
+
+
+def load_model(options: TrainOptions) -> tuple[Any, Any]:
+    """The model, in the dtype asked for, and its tokenizer.
+
+    Raises:
+        UsageError: The folder or model id does not exist or is incomplete.
+        UnsupportedError: transformers knows no causal language model for it.
+    """
+    start = open_start(options.model)
+    if start is not None:
+        log.info("%s: a %s start", start.path, start.format)
+        return start.load(getattr(torch, options.dtype))
+    path = Path(options.model)
+    looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
+    if looks_local and not path.is_dir():
+        raise UsageError("the model folder does not exist", where=options.model, expected="a Hugging Face model folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        dtype = getattr(torch, options.dtype)
+        if reads_weights(options.fsdp):
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        else:
+            model = hollow_model(options.model, dtype)
+    except OSError as error:
+        raise UsageError(
+            "the model cannot be loaded",
+            where=options.model,
+            got=str(error).splitlines()[0],
+            expected="a folder with config.json, safetensors and tokenizer, or a model id of the hub",
+        ) from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedError(
+            "transformers cannot load this as a causal language model",
+            where=options.model,
+            got=str(error).splitlines()[0],
+            expected="an architecture of AutoModelForCausalLM",
+        ) from error
+    return model, tokenizer
+
+
+def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = None) -> WrapReport:
+    """Wrap the linears of a loaded model as these options say.
+
+    Args:
+        model: As `load_model` returns it.
+        options: Of the run.
+        data: What it trains on, for init "calibrated"; without it that init weighs all columns alike.
+
+    Raises:
+        UsageError: The options do not fit the model, see `wrap_linears`.
+    """
+    start, quant = open_start(options.model), options.quant
+    if start is not None:
+        start.attach(model)
+        quant = fit_scale_grid((grid for grid in map(start.grid, start.modules()) if grid is not None), quant)
+    if quant != options.quant:
+        log.info("scale_grid %s, as %s does not hold the start's scales", quant.scale_grid, options.quant.scale_grid)
+    report = wrap_linears(
+        model,
+        quant,
+        options.lora,
+        init=options.init,
+        learning=options.learning,
+        skip_indivisible=options.leave_dense,
+        start=start,
+        storage=options.base_storage,
+        moments=_moments(model, options, data),
+        overrides=options.overrides,
+        skip=options.skip,
+        quantize_head=options.quantize_head,
+        kernels=options.kernels,
+    )
+    for line in report.describe_start():
+        log.info("%s", line)
+    for grid, count in Counter(layer.quant for _, layer in l4q_layers(model)).items() if options.overrides else ():
+        log.info("%d layers: %s", count, ", ".join(f"{key} {value}" for key, value in grid.to_dict().items()))
+    sizes = {name: layer.quant.group_size for name, layer in l4q_layers(model)}
+    for layer in split_siblings({**dict.fromkeys(report.dense), **sizes}):
+        log.warning("%s: vLLM fuses these, so exports to gptq, awq and compressed-tensors will be refused", layer)
+    return report
+
+
+def _moments(model: Any, options: TrainOptions, data: TrainingData | None) -> Moments:
+    if options.init != "calibrated" or data is None:
+        return {}
+    step = max(1, len(data.examples) // options.calibration)  # from the whole of the data, not its first document
+    chosen = [example.input_ids for example in data.examples[::step][: options.calibration]]
+    log.info("calibrating the grid on %d sequences", len(chosen))
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return input_moments(model, names, chosen)
