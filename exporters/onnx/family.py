@@ -220,11 +220,19 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     """A config.json as transformers' config class.
 
     Raises:
-        UsageError: transformers does not know its model_type or refuses a value.
+        UnsupportedError: transformers does not know its model_type.
+        UsageError: transformers refuses a value.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            "transformers does not know the model type",
+            where="config.json",
+            got=config.get("model_type"),
+            expected=f"a model_type of transformers {__version__}",
+        )
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
     try:
         return AutoConfig.for_model(config.get("model_type"), **values)
