@@ -46,9 +46,12 @@ def test_models_the_graph_does_not_cover_are_refused(
 
 
 def test_a_config_transformers_refuses_is_an_error(checkpoint: L4QCheckpoint) -> None:
-    """A config.json of an unknown model type is a usage error."""
-    with pytest.raises(UsageError, match=r"(?s)transformers refuses config\.json.*nonesuch"):
+    """An unknown model type is named without the list of all known ones; a value of the wrong type is a usage error."""
+    with pytest.raises(UnsupportedError, match=r"(?s)does not know the model type.*nonesuch") as refusal:
         onnx_exporter.plan(with_config(checkpoint, model_type="nonesuch"), ExportOptions())
+    assert len(str(refusal.value)) < 1500
+    with pytest.raises(UsageError, match=r"(?s)transformers refuses config\.json.*hidden_size"):
+        onnx_exporter.plan(with_config(checkpoint, hidden_size="wide"), ExportOptions())
 
 
 def test_a_block_size_that_does_not_divide_is_refused(checkpoint: L4QCheckpoint) -> None:
