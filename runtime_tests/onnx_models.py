@@ -151,3 +151,19 @@ def corrupted(weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
         "scale": replace(weight, scales=scales),
         "row swap": replace(weight, codes=weight.codes[order]),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """One checkpoint in all the forms the tests compare."""
+
+    checkpoint: L4QCheckpoint
+    folder: Path
+    session: ort.InferenceSession
+    model: torch.nn.Module
+
+    @classmethod
+    def make(cls, checkpoint: L4QCheckpoint, folder: Path) -> Exported:
+        """Export with default options into `folder`."""
+        export_onnx(checkpoint, folder)
+        return cls(checkpoint=checkpoint, folder=folder, session=open_session(folder), model=torch_model(checkpoint))

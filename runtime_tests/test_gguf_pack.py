@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -24,7 +25,6 @@ from exporters.gguf.pack import (
     unpack_q5_0,
 )
 from exporters.plan import Fidelity
-from l4q.checkpoint import WeightInfo
 from l4q.errors import UnsupportedError, UsageError
 from l4q.weight import QuantizedWeight
 from runtime_tests.gguf_models import random_weight, same_bits
@@ -52,21 +52,9 @@ def decode(packed: np.ndarray, kind: str) -> np.ndarray:
     return gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])
 
 
-def subject(weight: QuantizedWeight) -> Subject:
-    """A weight as the planner sees it."""
-    info = WeightInfo(
-        out_features=weight.out_features,
-        in_features=weight.in_features,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        zero_point=weight.zero_point,
-    )
-    return Subject(name="layer", info=info, read=lambda: weight)
-
-
 def choose(weight: QuantizedWeight, requested: Any = "auto") -> Encoding:
     """The planner's decision."""
-    return choose_encoding(subject(weight), requested)
+    return choose_encoding(Subject.of(replace(weight, name="layer")), requested)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
-import torch
 from click.testing import CliRunner
 
 import exporters.onnx as onnx_exporter
@@ -28,6 +25,7 @@ from l4q.errors import UnsupportedError, UsageError
 from runtime_tests.architectures import wrong_modules
 from runtime_tests.engines.onnxruntime_engine import Engine
 from runtime_tests.onnx_models import (
+    Exported,
     corrupted,
     export_onnx,
     open_session,
@@ -53,23 +51,12 @@ ARCHS: Mapping[str, TinyArch] = {
 LLAMA = TinyArch(family="llama", model_type="llama", changes={"tie_word_embeddings": True}, quant=INTEGER)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """One architecture in all the forms the tests compare."""
-
-    checkpoint: L4QCheckpoint
-    folder: Path
-    session: ort.InferenceSession
-    model: torch.nn.Module
-
-
 @pytest.fixture(scope="module", params=ARCHS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Each architecture, exported once with default options."""
     root = tmp_path_factory.mktemp("exported")
     checkpoint = tiny_arch_checkpoint(ARCHS[request.param], root / "checkpoint")
-    folder = export_onnx(checkpoint, root / "onnx")
-    return Exported(checkpoint=checkpoint, folder=folder, session=open_session(folder), model=torch_model(checkpoint))
+    return Exported.make(checkpoint, root / "onnx")
 
 
 @pytest.fixture(scope="module")

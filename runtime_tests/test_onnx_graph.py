@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 
-from l4q.checkpoint import L4QCheckpoint
 from runtime_tests.engines.onnxruntime_engine import Engine
 from runtime_tests.onnx_models import (
     CASES,
+    Exported,
     corrupted,
     export_onnx,
     make_checkpoint,
@@ -30,23 +28,12 @@ LOGIT_TOLERANCE = 3e-4
 FAULT = "model.layers.1.self_attn.k_proj"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """One case in all the forms the tests compare."""
-
-    checkpoint: L4QCheckpoint
-    folder: Path
-    session: ort.InferenceSession
-    model: torch.nn.Module
-
-
 @pytest.fixture(scope="module", params=CASES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Each case of the table, exported once."""
     root = tmp_path_factory.mktemp("onnx")
     checkpoint = make_checkpoint(CASES[request.param], root / "checkpoint")
-    folder = export_onnx(checkpoint, root / "onnx")
-    return Exported(checkpoint=checkpoint, folder=folder, session=open_session(folder), model=torch_model(checkpoint))
+    return Exported.make(checkpoint, root / "onnx")
 
 
 def token_batch(rows: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -114,8 +101,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The simplest case, for tests that need one model only."""
     root = tmp_path_factory.mktemp("onnx-plain")
     checkpoint = make_checkpoint(CASES["none-tied"], root / "checkpoint")
-    folder = export_onnx(checkpoint, root / "onnx")
-    return Exported(checkpoint=checkpoint, folder=folder, session=open_session(folder), model=torch_model(checkpoint))
+    return Exported.make(checkpoint, root / "onnx")
 
 
 @pytest.mark.parametrize("fault", ["nibble", "scale", "row swap"])

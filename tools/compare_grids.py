@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from exporters.gguf.encode import Subject, choose_encoding, encode
-from l4q.checkpoint import WeightInfo
 from l4q.cli_common import run
 from l4q.config import Init, QuantConfig
 from l4q.errors import UsageError
@@ -33,7 +32,7 @@ from l4q.evaluate import text_windows, windows_perplexity
 from l4q.init import init_qparams
 from l4q.k_grids import K_GRIDS, SUPERBLOCK
 from l4q.quant import LoraUpdate, freeze_weight, grid_params
-from l4q.weight import F32, QuantizedWeight
+from l4q.weight import F32
 from runtime_tests.engines.ggml_rows import quantize_rows
 from tools.rotate import READERS, WRITERS, rotate_residual
 
@@ -76,7 +75,7 @@ def l4q_grid(quant: QuantConfig, init: Init) -> Quantizer:
         start = init_qparams(weight, grid, init)
         nothing = LoraUpdate(torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1), 0.0)
         frozen = freeze_weight(weight, nothing, grid_params(start.scales, start.offsets, grid), grid)
-        kind = choose_encoding(as_subject(frozen), "auto").name
+        kind = choose_encoding(Subject.of(frozen), "auto").name
         return kind, np.asarray(encode(frozen, kind))
 
     return quantize
@@ -168,19 +167,6 @@ def decode(stored: Stored) -> F32:
     """gguf-py's reading of the blocks."""
     kind, data = stored
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float32, copy=False)
-
-
-def as_subject(weight: QuantizedWeight) -> Subject:
-    """The weight as the GGUF encoder wants it."""
-    info = WeightInfo(
-        out_features=weight.out_features,
-        in_features=weight.in_features,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        zero_point=weight.zero_point,
-        k_grid=weight.k_grid,
-    )
-    return Subject(name="", info=info, read=lambda: weight)
 
 
 def format_table(rows: Iterable[Row]) -> str:

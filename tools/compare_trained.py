@@ -17,14 +17,14 @@ from typing import Any
 import click
 import torch
 
-from exporters.gguf.encode import choose_encoding, encode
+from exporters.gguf.encode import Subject, choose_encoding, encode
 from l4q.calibrate import input_moments
 from l4q.cli_common import run
 from l4q.config import QuantConfig
 from l4q.evaluate import windows_perplexity
 from l4q.model import freeze_model, wrap_linears
 from l4q.trainer import parameter_groups
-from tools.compare_grids import Stored, as_subject, decode, grid_config, llama_cpp
+from tools.compare_grids import Stored, decode, grid_config, llama_cpp
 from tools.reproduction.adapters import add_deltas_, add_lora, deltas, trainable
 from tools.reproduction.bench import Workbench
 from tools.reproduction.data import load_tokens
@@ -110,7 +110,7 @@ class Study:
         self.bench.train(model, parameter_groups(model, self.bench.optim))
         stored: dict[str, Stored] = {}
         for module, weight in freeze_model(model):
-            kind = choose_encoding(as_subject(weight), "auto").name
+            kind = choose_encoding(Subject.of(weight), "auto").name
             stored[module] = (kind, encode(weight, kind))
         return self._stored(f"L4Q {name}", stored)
 

@@ -31,6 +31,19 @@ class Subject:
     info: WeightInfo
     read: Callable[[], QuantizedWeight]
 
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> Subject:
+        """A weight that is in memory."""
+        info = WeightInfo(
+            out_features=weight.out_features,
+            in_features=weight.in_features,
+            bits=weight.bits,
+            group_size=weight.group_size,
+            zero_point=weight.zero_point,
+            k_grid=weight.k_grid,
+        )
+        return cls(name=weight.name, info=info, read=lambda: weight)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
