@@ -63,7 +63,7 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 @click.option(
     "--container-bits", type=int, default=None,
     help="Bits per stored code in GPTQ and compressed-tensors; 4 unless given, which is what vLLM runs. "
-    "2 and 3 pack 2- and 3-bit codes densely, for GPTQModel, transformers and vLLM's GPU kernels.",
+    "2 and 3 pack 2- and 3-bit codes densely, for GPTQModel and transformers; vLLM on a CPU refuses them.",
 )  # fmt: skip
 @click.option(
     "--tensor-parallel", type=click.IntRange(1), default=1, show_default=True,

@@ -256,7 +256,7 @@ def save_checkpoint(
         config: The model's config.json content; its quantization_config is replaced.
         weights: (module, weight) pairs, consumed one at a time.
         dense: (tensor name, tensor) pairs of everything that is not quantized, without tied duplicates.
-        quant: The grid the weights were trained on.
+        quant: The common grid; modules on another one are in `grids`.
         grids: Grids of modules that have another; config.json lists those that differ, with what the weights say.
         modules_to_not_convert: Names of linear modules that stay dense ("lm_head", ...).
         side_files: Tokenizer and other files copied unchanged.

@@ -152,7 +152,7 @@ def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
 
 
 def trained_grid(model: nn.Module) -> QuantConfig:
-    """The grid of most wrapped layers; a K grid if one of them is on it, as the others follow from it."""
+    """The common grid to record: a K grid if a layer is on one, else that of most; other layers have records."""
     grids = [layer.quant for _, layer in l4q_layers(model)]
     return next((grid for grid in grids if grid.k_grid is not None), Counter(grids).most_common(1)[0][0])
 

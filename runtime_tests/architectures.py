@@ -189,8 +189,9 @@ stops before writing, with the reason given.
 """
 FOOTER = """\
 
-GGUF refuses an architecture outside its table (`exporters/gguf/families.py`) with the list of those inside. ONNX
-(`exporters/onnx/family.py`) then exports transformers' own model with the integers in place: [onnx.md](onnx.md).
+GGUF refuses an architecture outside its table (`exporters/gguf/families.py`) with the list of those inside. For one
+outside ONNX's (`exporters/onnx/family.py`), transformers' own model is exported with the integers in place, or refused
+with the reason: [onnx.md](onnx.md).
 """
 
 

@@ -1,4 +1,4 @@
-"""GPTQ folders for vLLM, GPTQModel and transformers: 4-bit codes in int32 words, v1 or v2 zero-points."""
+"""GPTQ folders for vLLM, GPTQModel and transformers: 4-bit (or dense 2- and 3-bit) codes, v1 or v2 zeros."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`l4q-inspect`: what a folder or file holds. Readers give `Source`s, `collect` counts, `show` prints."""
+"""`l4q-inspect`: what a folder or file holds. Readers give `Source`s, `counts` counts, `show` prints."""

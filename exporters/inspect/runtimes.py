@@ -11,6 +11,7 @@ from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import L4QError
 
 ASYMMETRIC_GPTQ = "its GPTQ loader refuses asymmetric weights; compressed-tensors or AWQ hold them"
+DENSE_GPTQ = "refuses GPTQ of 2 or 3 bits"
 NOT_4_BITS = "needs a GPU at {} bits; on CPU its kernels take 4"
 QDQ_OPSET = 21
 """First opset with int4 types and blocked DequantizeLinear."""
@@ -48,6 +49,8 @@ def of_folder(method: str, grids: Grids) -> tuple[RuntimeSupport, ...]:
         )
     odd = sorted(set(grids.bits) - {4})
     problem = NOT_4_BITS.format(", ".join(map(str, odd))) if odd else ""
+    if method == "gptq" and set(odd) & {2, 3}:
+        problem = DENSE_GPTQ
     if method == "gptq" and set(grids.kinds) - {"none"}:
         problem = ASYMMETRIC_GPTQ
     undecoded = "a module is on no grid l4q reads" if grids.undecoded else ""

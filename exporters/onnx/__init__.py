@@ -34,6 +34,6 @@ Outputs: `logits` and `present.<layer>.key|value`, the next step's past. Needs O
 `model.onnx.data` must stay beside `model.onnx`.
 
 **Set the accuracy level.** A session made without the option computes at level 4: faster on CPUs with int8
-instructions, at the price of 0.3 to 1.3 % perplexity. A model file cannot choose it; onnxruntime-genai takes the
+instructions, at the price of 0.2 to 1.3 % perplexity. A model file cannot choose it; onnxruntime-genai takes the
 level from `genai_config.json`.
 """

@@ -176,11 +176,11 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
     """
     if architecture not in FAMILIES:
         raise UnsupportedError(
-            "the ONNX exporter does not know this architecture",
+            "the built ONNX graph does not know this architecture",
             where="config.json architectures",
             got=architecture,
             expected=f"one of {sorted(FAMILIES)}",
-            remedy="export to gguf or gptq, or add the architecture to exporters/onnx/family.py",
+            remedy="use --onnx-graph exported, export to gptq, or add the architecture to exporters/onnx/family.py",
         )
     family, parsed = FAMILIES[architecture], parse_config(config)
     activation = getattr(parsed, "hidden_activation", None) or parsed.hidden_act

@@ -126,7 +126,8 @@ def exported_source(checkpoint: L4QCheckpoint) -> GraphSource:
 
     Raises:
         UnsupportedError: transformers, torch.export or torch.onnx cannot do it.
-        UsageError: transformers refuses config.json, or a package the exporter needs is not installed.
+        UsageError: transformers refuses config.json.
+        ModuleNotFoundError: onnxscript is not installed.
     """
     from exporters.onnx.rewrite import build_traced, linear_names, stored_names
     from exporters.onnx.trace import trace_decoder
