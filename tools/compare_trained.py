@@ -106,7 +106,9 @@ class Study:
         model = self.load()
         sequences = [ids for batch in self.bench.calibration for ids in batch.tolist()]
         moments = input_moments(model, self.bench.targets(model), sequences)
-        wrap_linears(model, quant, self.bench.lora, init="calibrated", moments=moments, skip_indivisible=True)
+        # Layers that a K grid does not fill take its fallback, as llama.cpp's do, and are not left dense.
+        dense = quant.k_grid is None
+        wrap_linears(model, quant, self.bench.lora, init="calibrated", moments=moments, skip_indivisible=dense)
         self.bench.train(model, parameter_groups(model, self.bench.optim))
         stored: dict[str, Stored] = {}
         for module, weight in freeze_model(model):
@@ -137,15 +139,16 @@ def format_row(row: Row) -> str:
 @click.option("--windows", default=6, type=click.IntRange(1, 12), help="Held-out windows of 512 tokens.")
 @click.option("--rotate/--no-rotate", default=True, help="Take the weights off the grid they were published on.")
 @click.option("--grids", default=",".join(GRIDS), help="Comma-separated L4Q grids.")
+@click.option("--baseline/--no-baseline", default=True, help="Whether to fine-tune in 16 bits and quantize that.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, steps: int, windows: int, rotate: bool, grids: str, as_json: bool) -> None:
+def command(model: str, steps: int, windows: int, rotate: bool, grids: str, baseline: bool, as_json: bool) -> None:
     """Fine-tune both ways and print a table."""
     chosen = grids.split(",")
     if unknown := set(chosen) - set(GRIDS):
         raise click.BadParameter(f"{sorted(unknown)}; choose from {list(GRIDS)}", param_hint="--grids")
     study, rows = Study(model, steps, windows, rotate=rotate), []
     click.echo("| model | blocks | bits/weight | perplexity |\n|---|---|---|---|", err=as_json)
-    for row in study.llama_cpp_rows():
+    for row in study.llama_cpp_rows() if baseline else ():
         rows.append(row)
         click.echo(format_row(row), err=as_json)
     for name in chosen:
