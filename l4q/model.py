@@ -23,7 +23,7 @@ from l4q.linear import L4QLinear
 from l4q.rules import Override
 from l4q.starts.adopt import adopt, reproduces
 from l4q.starts.start import PretrainedStart
-from l4q.targets import choose_targets, indivisible
+from l4q.targets import Targets, choose_targets, indivisible
 from l4q.weight import QuantizedWeight
 
 TRAINABLE = ("lora_A", "lora_B", "scales", "offsets")
@@ -101,16 +101,7 @@ def wrap_linears(
         UnsupportedError: The head is to be quantized, and it is the embedding matrix or no linear layer.
     """
     chosen = choose_targets(model, quant, lora.target_modules, overrides=overrides, skip=skip, head=quantize_head)
-    odd, fallback = chosen.indivisible(), chosen.fallback
-    if skip_indivisible:
-        odd, fallback = [name for name in chosen.grids if name in {*odd, *fallback}], ()
-    if odd and not skip_indivisible:
-        raise indivisible(odd, chosen)
-    wrapped = [name for name in chosen.grids if name not in set(odd)]
-    if not wrapped:
-        raise UsageError(
-            "no linear layer is left to quantize", got=lora.target_modules, expected=list(chosen.linears)[:8]
-        )
+    wrapped, fallback = _fitting(chosen, lora, skip_indivisible=skip_indivisible)
     linears = chosen.linears
     model.requires_grad_(False)
     dense = tuple(name for name in linears if name not in set(wrapped))
@@ -142,6 +133,21 @@ def wrap_linears(
         notes=tuple(notes),
         fallback=tuple(fallback),
     )
+
+
+def _fitting(chosen: Targets, lora: LoraConfig, *, skip_indivisible: bool) -> tuple[list[str], tuple[str, ...]]:
+    """The targets to wrap, and those of them that are on a K grid's fallback; see `wrap_linears`."""
+    odd, fallback = chosen.indivisible(), chosen.fallback
+    if odd and not skip_indivisible:
+        raise indivisible(odd, chosen)
+    if skip_indivisible:
+        odd, fallback = [*odd, *fallback], ()
+    wrapped = [name for name in chosen.grids if name not in set(odd)]
+    if not wrapped:
+        raise UsageError(
+            "no linear layer is left to quantize", got=lora.target_modules, expected=list(chosen.linears)[:8]
+        )
+    return wrapped, fallback
 
 
 def l4q_layers(model: nn.Module) -> Iterator[tuple[str, L4QLinear]]:
