@@ -189,7 +189,7 @@ def test_results_of_another_recipe_or_without_resume_are_refused(tmp_path: Path)
     """A finished cell is skipped only under its own recipe; a torn file is reported, not redone silently."""
     cells = plan_cells(("l4q-none",), (3,), (0,))
     path = tmp_path / "l4q-none-3bit-seed0.json"
-    path.write_text(json.dumps({"recipe_key": TINY.key(), "recipe": TINY.to_dict(), "all_bits": [3]}))
+    path.write_text(json.dumps({"recipe_key": TINY.key("l4q-none"), "recipe": TINY.to_dict(), "all_bits": [3]}))
     assert pending(cells, tmp_path, TINY, (3,), resume=True) == []
     with pytest.raises(UsageError, match="already holds"):
         pending(cells, tmp_path, TINY, (3,), resume=False)

@@ -54,7 +54,7 @@ def pending(cells: Sequence[Cell], out: Path, recipe: Recipe, bits: Sequence[int
                 "the folder already holds results", where=path, remedy="add --resume to go on, or choose another --out"
             )
         found = _read(path)
-        if found.get("recipe_key") != recipe.key():
+        if found.get("recipe_key") != recipe.key(cell.method):
             raise UsageError(
                 "a result comes from another recipe",
                 where=path,

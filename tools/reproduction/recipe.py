@@ -10,6 +10,10 @@ from typing import Any
 from l4q.config import Init
 from l4q.errors import UsageError
 
+_L4Q = ("l4q-none", "l4q-integer", "l4q-float")
+READ_BY = {"init": _L4Q, "scale_lr": (*_L4Q, "qat-lora"), "offset_lr": (*_L4Q, "qat-lora")}
+"""Settings that only some methods read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -65,9 +69,13 @@ class Recipe:
         """Plain JSON values; equal recipes give equal dictionaries."""
         return asdict(self)
 
-    def key(self) -> str:
-        """Short hash that a cell's result must carry to count as done."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    def key(self, method: str) -> str:
+        """Short hash that a result of `method` must carry to count as done.
+
+        Settings that the method does not read are left out, so that changing them does not ask for it again.
+        """
+        values = {name: value for name, value in self.to_dict().items() if method in READ_BY.get(name, (method,))}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 MODELS: dict[str, Recipe] = {

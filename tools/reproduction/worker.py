@@ -34,7 +34,7 @@ def run_cell(cell: Cell, recipe: Recipe, bits: tuple[int, ...], assets: Path, ou
         raise SystemExit(1) from error
     result = {
         "cell": asdict(cell),
-        "recipe_key": recipe.key(),
+        "recipe_key": recipe.key(cell.method),
         "recipe": recipe.to_dict(),
         "all_bits": list(bits),
         "rows": [asdict(row) for row in rows],
