@@ -22,12 +22,6 @@ def write_card(
     """Write README.md into an exported folder."""
     quant = checkpoint.quant
     base = checkpoint.config.get("_name_or_path") or checkpoint.architecture
-    verified = (
-        f"{report.exact} of {report.total} quantized tensors decode bit for bit to the trained weights, "
-        "judged by a decoder that is not l4q's."
-        if report
-        else "Not verified: the export was allowed to round, or verification was switched off."
-    )
     runtimes = [f"| {r.runtime} | {'yes' if r.loads else 'no'} | {r.reason} |" for r in plan.runtimes]
     notes = [f"- {note}" for note in plan.notes]
     lines = [
@@ -49,7 +43,7 @@ def write_card(
         *_mixed(checkpoint),
         f"- Quantized tensors: {len(plan.quantized)}, {plan.bits_per_weight:.2f} bits per weight with scales",
         f"- Size of the tensors: {plan.nbytes:,} bytes",
-        f"- {verified}",
+        f"- {_verified(report)}",
         *notes,
         "",
         "## Where it runs",
@@ -70,6 +64,17 @@ def write_card(
         "",
     ]
     (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _verified(report: VerifyReport | None) -> str:
+    if report is None:
+        return "Not verified: the export was allowed to round, or verification was switched off."
+    judged = "quantized tensors decode bit for bit to the trained weights, judged by a decoder that is not l4q's."
+    if report.checked == report.total:
+        return f"{report.exact} of {report.total} {judged}"
+    return (
+        f"{report.exact} of {report.checked} sampled {judged} The other {report.total - report.checked} were not read."
+    )
 
 
 def _mixed(checkpoint: L4QCheckpoint) -> list[str]:

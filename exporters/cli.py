@@ -24,7 +24,11 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 @click.option("--to", "formats", multiple=True, required=True, type=click.Choice(FORMATS), help="One or more formats.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; each format gets a folder inside.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Read back with foreign decoders.")
+@click.option(
+    "--verify", type=click.Choice(["full", "sample", "none"]), is_flag=False, flag_value="full", default="full",
+    show_default=True, help="Read every quantized tensor back with foreign decoders, a sample of them, or none.",
+)  # fmt: skip
+@click.option("--no-verify", "verify", flag_value="none", help="The same as --verify none.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output folders.")
 @click.option("--allow-rounding", is_flag=True, help="Accept a format that cannot hold the trained values exactly.")
 @click.option("--gptq-format", type=click.Choice(["gptq", "gptq_v2"]), default="gptq", show_default=True)

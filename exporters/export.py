@@ -11,7 +11,7 @@ from typing import cast
 from exporters.card import write_card
 from exporters.manifest import write_manifest
 from exporters.plan import Exporter, ExportOptions, ExportPlan
-from exporters.verify import VerifyReport, verify
+from exporters.verify import VerifyMode, VerifyReport, sample_modules, verify
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import InexactError, UsageError, VerificationError
 from l4q.files import refuse_existing, staged_folder
@@ -83,7 +83,7 @@ def export(
     options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
-    check: bool = True,
+    check: VerifyMode = "full",
     progress: Progress = lambda stage, total, tensor: None,
 ) -> ExportResult:
     """Export a checkpoint to one format.
@@ -94,7 +94,8 @@ def export(
         out: Folder to create.
         options: Choices of the format; defaults if None.
         overwrite: Replace an existing folder.
-        check: Read the result back with foreign decoders before it gets its final name.
+        check: Read the result back with foreign decoders before it gets its final name: "full" every module, "sample"
+            those of `sample_modules`, "none" nothing.
         progress: Called after each tensor.
 
     Raises:
@@ -111,17 +112,18 @@ def export(
     with staged_folder(target, overwrite=overwrite) as stage:
         exporter.write(checkpoint, plan, stage, options, lambda t: progress("write", len(plan.tensors), t))
         report = None
-        if check and not plan.rounded:
-            total = len(checkpoint.modules)
-            report = verify(checkpoint, exporter, stage, lambda t: progress("verify", total, t))
+        if check != "none" and not plan.rounded:
+            sample = sample_modules(checkpoint) if check == "sample" else None
+            total = len(checkpoint.modules if sample is None else sample)
+            report = verify(checkpoint, exporter, stage, lambda t: progress("verify", total, t), sample=sample)
             if not report.passed:
                 raise VerificationError(
-                    f"{name}: {report.exact} of {report.total} modules decode to the checkpoint's weights",
+                    f"{name}: {report.exact} of {report.checked} modules decode to the checkpoint's weights",
                     got="; ".join(report.differing[:3]),
                     expected="bit-for-bit equality",
                     remedy="this is a defect of l4q: please report it with the model's config.json",
                 )
-        write_manifest(stage, checkpoint, plan, options)
+        write_manifest(stage, checkpoint, plan, options, report)
         write_card(stage, checkpoint, plan, exporter.usage(), report)
     return ExportResult(folder=target, plan=plan, verified=report)
 

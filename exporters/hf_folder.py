@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,12 @@ def read_section(folder: Path, method: str, label: str) -> dict[str, Any]:
             remedy=f"give a folder written by l4q-export --to {method}",
         )
     return section
+
+
+def packed_modules(names: Iterable[str], suffix: str, only: Collection[str] | None) -> list[str]:
+    """The modules whose packed tensor is `<module><suffix>`, sorted; of those in `only`, if it is given."""
+    modules = sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return modules if only is None else [module for module in modules if module in only]
 
 
 def missing_judge(label: str, error: ImportError) -> UsageError:

@@ -10,14 +10,21 @@ from typing import Any
 import l4q
 from exporters.files import write_json
 from exporters.plan import ExportOptions, ExportPlan
+from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
 from l4q.module_grids import MODULES_KEY
 
 MANIFEST_NAME = "l4q_export.json"
 
 
-def write_manifest(folder: Path, checkpoint: L4QCheckpoint, plan: ExportPlan, options: ExportOptions) -> None:
-    """Record format, grid, sizes and options; nothing in it depends on the machine or the time."""
+def write_manifest(
+    folder: Path,
+    checkpoint: L4QCheckpoint,
+    plan: ExportPlan,
+    options: ExportOptions,
+    report: VerifyReport | None = None,
+) -> None:
+    """Record what was written, for whom, and what was read back; nothing in it depends on the machine or the time."""
     encodings = sorted({tensor.encoding for tensor in plan.quantized})
     write_json(
         folder / MANIFEST_NAME,
@@ -31,8 +38,15 @@ def write_manifest(folder: Path, checkpoint: L4QCheckpoint, plan: ExportPlan, op
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "rounded_tensors": len(plan.rounded),
             "options": asdict(options),
+            "runtimes": {r.runtime: {"loads": r.loads, "reason": r.reason} for r in plan.runtimes},
+            "verified": verified_counts(report),
         },
     )
+
+
+def verified_counts(report: VerifyReport | None) -> dict[str, int] | None:
+    """How many modules foreign decoders read, and how many of them were exact; None if nothing was read back."""
+    return {"exact": report.exact, "checked": report.checked, "total": report.total} if report else None
 
 
 def mixed_grids(checkpoint: L4QCheckpoint) -> dict[str, Any]:

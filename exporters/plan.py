@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -164,8 +164,13 @@ class Exporter(Protocol):
     ) -> None:
         """Write the planned files into an existing empty folder, calling `on_tensor` after each tensor."""
 
-    def read_back(self, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Decode every quantized module of a written folder with code that is not ours: (module, [out, in])."""
+    def read_back(
+        self, folder: Path, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Decode every quantized module of a written folder, or those of `only`, with code that is not ours.
+
+        Yields (module, float32 [out, in]).
+        """
 
     def usage(self) -> str:
         """Markdown for the model card: how to load the folder in its runtimes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from exporters.container import container_bits, widen
 from exporters.files import write_json
 from exporters.gptq.dynamic import dynamic_rules, stated_group_size
 from exporters.gptq.pack import ZERO_OFFSET, encode_zeros
-from exporters.hf_folder import missing_judge, read_section, write_config, write_tensors
+from exporters.hf_folder import missing_judge, packed_modules, read_section, write_config, write_tensors
 from exporters.hf_plan import HEAD, group_sizes, is_symmetric, skipped_linears
 from exporters.judge import needs_newer_judge, read_elsewhere
 from exporters.plan import ExportOptions, ExportPlan
@@ -101,8 +101,8 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
     return section
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
-    """Decode every GPTQ module with compressed-tensors' bit decoder: (module, float32 [out_features, in_features]).
+def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
+    """Decode every GPTQ module, or those of `only`, with compressed-tensors' bit decoder: (module, float32 [out, in]).
 
     value = (q - z) * s with z as stored, because GPTQModel and transformers read qzeros; vLLM instead trusts `sym` and
     ignores qzeros and g_idx. A folder on which the two would disagree is refused.
@@ -115,10 +115,10 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     section = read_section(folder, "gptq", "a GPTQ")
     _check_legacy(folder, section)
     if needs_newer_judge(int(section["bits"])):
-        yield from read_elsewhere("gptq", folder)
+        yield from read_elsewhere("gptq", folder, only)
         return
     shards = ShardReader.open(folder)
-    for module in sorted(name.removesuffix(".qweight") for name in shards.names if name.endswith(".qweight")):
+    for module in packed_modules(shards.names, ".qweight", only):
         yield module, _decode(module, shards, section)
 
 
