@@ -6,9 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import l4q
+from exporters.manifest import renew_entry
 from exporters.plan import ExportPlan
 from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
+from l4q.durable import write_atomic
 
 CARD_NAME = "README.md"
 PARITY_BEGIN = "<!-- l4q-parity begin -->"
@@ -99,5 +101,6 @@ def update_parity(folder: Path, markdown: str) -> bool:
     _, end, tail = rest.partition(PARITY_END)
     if not begin or not end:
         return False
-    path.write_text(f"{head}{PARITY_BEGIN}\n{markdown.strip()}\n{PARITY_END}{tail}", encoding="utf-8")
+    write_atomic(path, f"{head}{PARITY_BEGIN}\n{markdown.strip()}\n{PARITY_END}{tail}")
+    renew_entry(folder, CARD_NAME)
     return True

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
+from l4q.shards import MAX_SHARD_BYTES
 
 GptqFormat = Literal["gptq", "gptq_v2"]
 GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]
@@ -67,6 +68,8 @@ class ExportPlan:
     tensors: tuple[PlannedTensor, ...]
     runtimes: tuple[RuntimeSupport, ...]
     notes: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    """Installed packages whose release decides bytes of the output."""
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:
@@ -117,6 +120,8 @@ class ExportOptions:
     """Also write the graph as the installed ONNX Runtime optimizes it: loads faster, belongs to that release."""
     dtype: DenseDtype = "float16"
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Bytes of tensors per safetensors file of GPTQ, AWQ and compressed-tensors; a module is never split."""
     container_bits: int | None = None
     """Bits per stored code in GPTQ and compressed-tensors, 2 to 4, dense (AWQ has 4 only); None takes 4, for which
     vLLM has kernels everywhere."""
@@ -135,6 +140,8 @@ class ExportOptions:
             "onnx_accuracy_level": (self.onnx_accuracy_level, (0, 1, 2, 3, 4)),
             "dtype": (self.dtype, get_args(DenseDtype)),
         }
+        if self.max_shard_bytes < 1:
+            raise UsageError("no room for weights", where="max_shard_bytes", got=self.max_shard_bytes, expected=">= 1")
         if self.tensor_parallel < 1:
             raise UsageError(
                 "unknown number of ranks", where="tensor_parallel", got=self.tensor_parallel, expected=">= 1"

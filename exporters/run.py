@@ -26,6 +26,7 @@ _OPTIONS = (
     "onnx_accuracy_level",
     "onnx_runtime_optimized",
     "dtype",
+    "max_shard_bytes",
     "container_bits",
     "tensor_parallel",
     "allow_rounding",
@@ -124,6 +125,8 @@ def _export_with_bar(
             folder,
             options,
             overwrite=arguments["overwrite"],
+            resume=arguments["resume"],
+            wait=arguments["wait"],
             check=arguments["verify"],
             progress=advance,
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4q.bitpack import pack_codes, row_bytes, unpack_codes
+from l4q.checkpoint_files import write_checkpoint_manifest
 from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
@@ -284,6 +285,7 @@ def save_checkpoint(
         content = json.dumps({**config, "quantization_config": section}, indent=2, sort_keys=True)
         (stage / CONFIG_NAME).write_text(content + "\n", encoding="utf-8")
         copy_files(side_files, stage)
+        write_checkpoint_manifest(stage)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

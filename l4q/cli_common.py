@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -47,6 +48,24 @@ class SpreadCommand(click.Command):
                     current = None
             words.append(word)
         return super().parse_args(ctx, words)
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes, as 1234, 500MB (decimal) or 2GiB (binary)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; a value that is a number already passes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)\s*(?:([KMGT])(i?)B|B)?", str(value).strip(), re.IGNORECASE)
+        if match is None or int(match.group(1)) == 0:
+            self.fail(f"{value!r} is not a size like 500MB or 2GiB", param, ctx)
+        size = int(match.group(1))
+        for _ in range(" KMGT".index((match.group(2) or " ").upper())):
+            size *= 1024 if match.group(3) else 1000
+        return size
 
 
 def _accepts(option: click.Option, word: str) -> bool:

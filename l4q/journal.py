@@ -43,7 +43,8 @@ class Journal:
                 to go on with, else beside the work.
         """
         recorded = _read(folder / JOURNAL_NAME)
-        table, written = {}, False
+        table: FileTable = {}
+        written = False
         if recorded and recorded[0] == {"identity": dict(identity())}:
             table, written = _trusted(folder, recorded[1:])
         for name, path in _all_files(folder).items():
