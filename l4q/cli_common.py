@@ -50,7 +50,7 @@ class SpreadCommand(click.Command):
         return super().parse_args(ctx, words)
 
 
-class ByteSize(click.ParamType[int]):
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
     """A number of bytes, as 1234, 500MB (decimal) or 2GiB (binary)."""
 
     name = "size"
