@@ -162,7 +162,7 @@ class _Job:
         def advance(tensor: str) -> None:
             self.progress("write", len(self.plan.tensors), tensor)
 
-        self.exporter.write(self.checkpoint, self.plan, stage, self.options, advance)
+        self.exporter.write(self.checkpoint, self.plan, stage, self.options, advance, journal)
         sync_tree(stage)
         journal.add_rest(stage)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
-from l4q.shards import MAX_SHARD_BYTES
+from l4q.shard_layout import MAX_SHARD_BYTES
 
 GptqFormat = Literal["gptq", "gptq_v2"]
 GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]
@@ -151,6 +151,30 @@ class ExportOptions:
                 raise UsageError(f"unknown {field}", where=field, got=repr(value), expected=f"one of {allowed}")
 
 
+class FileRecord(Protocol):
+    """What an interrupted export has completed, and where completed files are noted: `l4q.journal.Journal`."""
+
+    def finished(self, name: str) -> bool:
+        """Whether this file is complete already."""
+
+    def add(self, path: Path) -> None:
+        """Note a complete file that is on the disk."""
+
+
+class _NothingDone:
+    """The record of an export that cannot be continued."""
+
+    def finished(self, name: str) -> bool:
+        """No file is."""
+        return False
+
+    def add(self, path: Path) -> None:
+        """Nobody asks."""
+
+
+NOTHING_DONE: FileRecord = _NothingDone()
+
+
 class Exporter(Protocol):
     """What a format package offers; `exporters.export.EXPORTERS` maps format names to such packages."""
 
@@ -168,8 +192,12 @@ class Exporter(Protocol):
         folder: Path,
         options: ExportOptions,
         on_tensor: Callable[[str], None],
+        record: FileRecord = NOTHING_DONE,
     ) -> None:
-        """Write the planned files into an existing empty folder, calling `on_tensor` after each tensor."""
+        """Write the planned files into an existing folder, calling `on_tensor` after each tensor.
+
+        Weight files that `record` knows are there already and are kept; those completed are added to it.
+        """
 
     def read_back(
         self, folder: Path, only: Collection[str] | None = None

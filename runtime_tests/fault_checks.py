@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 ROUNDS = int(os.environ.get("L4Q_FAULT_ROUNDS", "1"))
@@ -32,5 +33,5 @@ def moments(seed: str, changes: int, count: int) -> Iterator[int]:
     """`count` different changes of 1 to `changes` to strike at, spread over the whole and reproducible."""
     generator = random.Random(seed)
     edges = [1 + changes * index // count for index in range(count + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         yield generator.randint(low, max(low, high - 1))

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from exporters.check_folder import check_folder
 from l4q.config import QuantConfig
-from l4q.errors import BusyError, OutputError
 from runtime_tests.fault_checks import ROUNDS, hidden, moments, tree
 from runtime_tests.fault_hooks import Fault
-from runtime_tests.fault_worker import FaultWorker, Outcome, wait_until_stopped
+from runtime_tests.fault_worker import FaultWorker, Outcome
 from runtime_tests.reliability import record
 from runtime_tests.tiny_llama import tiny_checkpoint
 
@@ -95,8 +89,8 @@ def test_killed_export_is_complete_or_absent(name: str, exports: Exports, tmp_pa
         assert tree(out / name) == whole
         assert not hidden(out)
         shutil.rmtree(out)
-    record(f"export to {name}", "SIGKILL before the n-th change of its folder", count,
-           "target as it was or complete; the next run's bytes equal an undisturbed one's; nothing left over")  # fmt: skip
+    outcome = "target as it was or complete; the next run's bytes equal an undisturbed one's; nothing left over"
+    record(f"export to {name}", "SIGKILL before the n-th change of its folder", count, outcome)
 
 
 def test_the_comparison_notices_other_bytes(exports: Exports, tmp_path: Path) -> None:
@@ -121,7 +115,7 @@ def flip(path: Path) -> None:
 def test_failing_export_cleans_up_at_once(
     action: str, status: int, word: str, exports: Exports, tmp_path: Path
 ) -> None:
-    """A signal or a failing call at any moment: one clear message, its exit code, nothing left, the old folder intact."""
+    """A signal or failing call at any moment: its exit code, one message, nothing left over, the old folder intact."""
     count = 4 * ROUNDS
     for name in ("gptq", "gguf"):
         # The last changes come after the new folder has its name; a failure there does not take it back.
