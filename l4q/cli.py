@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "freeze": Subcommand("l4q.cli_refreeze", "Freeze a saved step of a run, if asked on another grid."),
     "import": Subcommand("l4q.cli_import", "Turn a pre-quantized model into an L4Q checkpoint of the same integers."),
     "export": Subcommand("exporters.cli", "Convert an L4Q checkpoint for a runtime."),
+    "verify": Subcommand("exporters.cli_verify", "Check an export or a checkpoint against its manifest and source."),
     "inspect": Subcommand("exporters.inspect.cli", "Show what a checkpoint, an export or a foreign model holds."),
     "eval": Subcommand("runtime_tests.cli_eval", "Perplexity and lm_eval tasks of a checkpoint or an export."),
     "parity": Subcommand("runtime_tests.cli", "Compare exports in their runtimes with the checkpoint."),

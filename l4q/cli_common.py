@@ -1,18 +1,29 @@
-"""What every command line shares: one clear message on stderr and the exit codes 0, 2, 3, 4."""
+"""What every command line shares: one clear message on stderr, and exit codes.
+
+0 ok, 2 usage, 3 unsupported or inexact, 4 verification failed, 74 the output could not be written, 75 another process
+is writing it; 128 + n when ended by signal n: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal. A signal unwinds the
+command as Ctrl-C does, so that it cleans up first.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from threading import current_thread, main_thread
+from typing import Any, NoReturn
 
 import click
 
-from l4q.errors import L4QError, PeerError, UsageError
+from l4q.errors import L4QError, OutputError, PeerError, UsageError
 
-INTERRUPTED = 130
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command after it has cleaned up."""
 
 
 class SpreadCommand(click.Command):
@@ -39,6 +50,24 @@ class SpreadCommand(click.Command):
         return super().parse_args(ctx, words)
 
 
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A number of bytes, as 1234, 500MB (decimal) or 2GiB (binary)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; a value that is a number already passes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)\s*(?:([KMGT])(i?)B|B)?", str(value).strip(), re.IGNORECASE)
+        if match is None or int(match.group(1)) == 0:
+            self.fail(f"{value!r} is not a size like 500MB or 2GiB", param, ctx)
+        size = int(match.group(1))
+        for _ in range(" KMGT".index((match.group(2) or " ").upper())):
+            size *= 1024 if match.group(3) else 1000
+        return size
+
+
 def _accepts(option: click.Option, word: str) -> bool:
     if isinstance(option.type, click.Choice):
         return word in option.type.choices
@@ -46,7 +75,7 @@ def _accepts(option: click.Option, word: str) -> bool:
 
 
 def run(command: click.Command) -> NoReturn:
-    """Run a command and end the process: 0 ok, 2 usage, 3 unsupported or inexact, 4 verification failed, 130 Ctrl-C."""
+    """Run a command and end the process with its exit code."""
     sys.exit(status(command))
 
 
@@ -58,6 +87,11 @@ def status(command: click.Command) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("l4q").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    with _unwinding() as received:
+        return _status(command, rank, received)
+
+
+def _status(command: click.Command, rank: int, received: list[signal.Signals]) -> int:
     try:
         result = command.main(standalone_mode=False)
     except L4QError as error:
@@ -68,11 +102,34 @@ def status(command: click.Command) -> int:
         if rank == 0:
             error.show()
         return error.exit_code
+    except OSError as error:
+        click.echo(f"error: the system refuses: {error}", err=True)
+        return OutputError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return INTERRUPTED
+        number = received[0] if received else signal.SIGINT
+        click.echo(f"interrupted by {number.name}; nothing half-written was left", err=True)
+        return 128 + number
     # With standalone_mode off, --help and --version return click's exit code instead of raising it.
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _unwinding() -> Iterator[list[signal.Signals]]:
+    """Let the signals of `ENDING` raise KeyboardInterrupt within the block; yields those that came."""
+    received: list[signal.Signals] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    # What is ignored (nohup) stays ignored; only the main thread may ask at all.
+    asked = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    former = {number: signal.signal(number, interrupt) for number in asked if current_thread() is main_thread()}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _everywhere(error: L4QError) -> bool:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from l4q.distributed import whole
+from l4q.durable import output_errors
 from l4q.errors import L4QError
 from l4q.train_state import newest_state
 
@@ -74,7 +75,7 @@ class StepReport(TrainerCallback):
             "elapsed_s": now - self._started,
             "eta_s": (now - self._started) / done * (state.max_steps - state.global_step),
         }
-        with self._path.open("a", encoding="utf-8") as file:
+        with output_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if self._bar is not None:
             self._bar.set_postfix(
