@@ -25,7 +25,7 @@ def write_card(
     quant = checkpoint.quant
     base = checkpoint.config.get("_name_or_path") or checkpoint.architecture
     runtimes = [f"| {r.runtime} | {'yes' if r.loads else 'no'} | {r.reason} |" for r in plan.runtimes]
-    notes = [f"- {note}" for note in plan.notes]
+    notes = [*(f"- {note}" for note in plan.notes), *(f"- Warning: {warning}" for warning in plan.warnings)]
     lines = [
         "---",
         "library_name: l4q",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from exporters.plan import ExportOptions
 from exporters.words import run_length
 from l4q.checkpoint import L4QCheckpoint
@@ -18,6 +20,7 @@ from l4q.packed_weight import PackedWeight
 CONTAINER_BITS = (2, 3, 4)
 NIBBLES = (4,)
 DEFAULT_CONTAINER = 4
+FLOAT16_MAX = 65504.0
 
 
 def container_bits(checkpoint: L4QCheckpoint, options: ExportOptions, widths: tuple[int, ...] = CONTAINER_BITS) -> int:
@@ -53,13 +56,29 @@ def widen_packed(weight: PackedWeight, width: int) -> PackedWeight:
     """The same weight with codes of `width` bits, at least its own: `dequantize` gives the same float32 bits.
 
     Raises:
-        UnsupportedError: The weight has float mins.
+        UnsupportedError: The weight has float mins, or values beyond the float16 its kernels compute in.
     """
+    _refuse_overflow(weight)
     zeros = weight.zeros if weight.zero_point == "none" else weight.integer_zeros()
     if weight.bits == width:
         return weight
     shift = (1 << (width - 1)) - (1 << (weight.bits - 1)) if weight.zero_point == "none" else 0
     return replace(weight, packed=weight.fields(width, shift), zeros=zeros, bits=width)
+
+
+def _refuse_overflow(weight: PackedWeight) -> None:
+    """vLLM's and GPTQModel's kernels dequantize to float16: a weight beyond 65504 is infinite there, and logits NaN."""
+    zeros = weight.integer_zeros().astype(np.float32)
+    largest = float((weight.scales.astype(np.float32) * np.maximum(zeros, (1 << weight.bits) - 1 - zeros)).max())
+    if largest > FLOAT16_MAX:
+        raise UnsupportedError(
+            "a weight can exceed float16, in which the int4 kernels of vLLM and GPTQModel compute",
+            where=weight.name,
+            got=f"scale times code reaches {largest:g}",
+            expected=f"at most {FLOAT16_MAX:g}",
+            remedy="such scales are damage or divergence: train again, or export to gguf or onnx, which compute in "
+            "float32",
+        )
 
 
 def describe(bits: int, width: int) -> str:

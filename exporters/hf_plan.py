@@ -59,9 +59,17 @@ def dense_notes(dense: list[PlannedTensor], options: ExportOptions) -> tuple[str
             f"{len(rounded)} dense tensors are rounded to {options.dtype}, the dtype the runtimes compute in: "
             f"{', '.join(kinds)}. The quantized linears are not affected."
         )
-    if options.dtype == "bfloat16":
-        notes.append("vLLM casts the fp16 scales to bfloat16 when it serves in that dtype; float16 keeps them.")
     return tuple(notes)
+
+
+def dtype_warnings(options: ExportOptions) -> tuple[str, ...]:
+    """What vLLM does to quantized linears in the serving dtype (vllm 0.32, kernels/linear/mixed_precision/cpu.py)."""
+    if options.dtype != "bfloat16":
+        return ()
+    return (
+        "vLLM casts the fp16 scales to bfloat16, 8 significant bits, when it serves in that dtype; float16 keeps them.",
+        "In bfloat16 on CPUs with AMX, vLLM also rounds activations to int8 unless VLLM_CPU_INT4_W4A8=0 is set.",
+    )
 
 
 def refuse_float(checkpoint: L4QCheckpoint, label: str) -> None:

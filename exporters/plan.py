@@ -70,6 +70,14 @@ class ExportPlan:
     notes: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     """Installed packages whose release decides bytes of the output."""
+    warnings: tuple[str, ...] = ()
+    """What a runtime that loads the result is known to ignore, round or misread."""
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """The warnings, and a line for every runtime that does not load the result, old releases of one excepted."""
+        refusing = [r for r in self.runtimes if not r.loads and "<" not in r.runtime]
+        return (*self.warnings, *(f"{runtime.runtime} does not load it: {runtime.reason}" for runtime in refusing))
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -47,6 +48,7 @@ def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, A
         for name in formats:
             refuse_existing(out / name, overwrite=arguments["overwrite"])
     plans = {name: make_plan(checkpoint, name, options) for name in formats}
+    warn(plans)
     if arguments["dry_run"]:
         if table:
             for plan in plans.values():
@@ -60,6 +62,13 @@ def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, A
     return {name: _result_summary(result) for name, result in results.items()}
 
 
+def warn(plans: dict[str, ExportPlan]) -> None:
+    """Say on stderr, before anything is written, what runtimes are known to refuse or misread."""
+    for name, plan in plans.items():
+        for caution in plan.cautions:
+            click.echo(f"warning: {name}: {caution}", err=True)
+
+
 def plan_summary(plan: ExportPlan) -> dict[str, Any]:
     """A plan as plain JSON values."""
     return {
@@ -70,6 +79,7 @@ def plan_summary(plan: ExportPlan) -> dict[str, Any]:
         "rounded_tensors": len(plan.rounded),
         "runtimes": {r.runtime: {"loads": r.loads, "reason": r.reason} for r in plan.runtimes},
         "notes": list(plan.notes),
+        "warnings": list(plan.cautions),
         "tensors": [
             {
                 "name": t.name,

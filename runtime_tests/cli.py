@@ -23,7 +23,10 @@ from l4q.cli_common import run
 @click.option("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
 @click.option("--new-tokens", default=48, show_default=True, type=click.IntRange(0), help="Greedy tokens; 0 skips.")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads per engine.")
-@click.option("--timeout", default=900.0, show_default=True, help="Seconds one engine may take for one answer.")
+@click.option(
+    "--engine-timeout", "--timeout", "timeout", default=900.0, show_default=True, metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True), help="How long one engine may take to load, and for one answer.",
+)  # fmt: skip
 @click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="Another interpreter for an engine.")
 @click.option(
     "--report", type=click.Path(path_type=Path), default=None, is_flag=False, flag_value=Path("parity"),

@@ -27,7 +27,10 @@ from l4q.cli_common import run
 @click.option("--limit", type=click.IntRange(1), help="First questions of each task.  [default: all]")
 @click.option("--batch-size", default=1, type=click.IntRange(1), help="Task requests per forward pass.")
 @click.option("--threads", default=2, type=click.IntRange(1), help="Threads of the engine.")
-@click.option("--timeout", default=900.0, help="Seconds the engine may take for one answer.")
+@click.option(
+    "--engine-timeout", "--timeout", "timeout", default=900.0, metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True), help="How long the engine may take to load, and for one answer.",
+)  # fmt: skip
 @click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="Another interpreter for an engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:

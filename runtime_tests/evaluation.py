@@ -40,12 +40,20 @@ def find_target(folder: Path, engine: str | None = None) -> ParityTarget:
 
     Raises:
         UsageError: The folder is none of those.
+        UnsupportedError: The export's own manifest says that its runtime does not load it.
     """
     if _is_plain(folder):
         target = ParityTarget(format=PLAIN, engine="torch", variant="", folder=folder)
     else:
         target = detect(folder)[0]
     if engine is None or engine == target.engine:
+        if target.refused:
+            raise UnsupportedError(
+                "the runtime of this export does not load it",
+                where=folder,
+                got=target.refused,
+                remedy="evaluate the checkpoint it was made from, or an export whose plan names a runtime",
+            )
         return target
     return ParityTarget(format=target.format, engine=engine, variant=target.variant, folder=folder)
 
@@ -65,7 +73,7 @@ def engine_perplexity(
         python=(options.pythons or {}).get(target.engine),
         timeout_s=options.timeout_s,
         threads=options.threads,
-        **target.options,
+        **target.engine_options(max(map(len, windows), default=0)),
     ) as engine:
         for window in windows:
             answers = engine.prompt_logprobs(list(window))  # [window, vocab]

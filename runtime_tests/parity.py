@@ -53,12 +53,15 @@ class ParityRow:
     greedy_match: tuple[int, int] | None = None
     """Leading generated tokens equal to the oracle's, of how many."""
     error: str | None = None
+    skipped: str | None = None
+    """Why the runtime was not started; its bits are judged all the same."""
 
     @property
     def passed(self) -> bool:
-        """Every bound held, every tensor was exact, the engine ran."""
+        """Every bound held, every tensor was exact, the engine ran or is known not to load such a folder."""
         exact = self.exact is None or self.exact == self.total
-        return self.error is None and exact and bool(self.checks) and all(check.passed for check in self.checks)
+        ran = bool(self.checks) and all(check.passed for check in self.checks)
+        return self.error is None and exact and (ran or self.skipped is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -78,6 +81,7 @@ class ParityRow:
             "checks": [check.to_dict() for check in self.checks],
             "info": self.info,
             "error": self.error,
+            "skipped": self.skipped,
             "passed": self.passed,
         }
 
@@ -94,8 +98,8 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every row passed."""
-        return bool(self.rows) and all(row.passed for row in self.rows)
+        """Whether a runtime was compared and every row passed."""
+        return any(row.skipped is None for row in self.rows) and all(row.passed for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -129,7 +133,8 @@ def run_oracle(
     """
     comparison = LogprobComparison()
     answers: list[F32] = []
-    with _engine(ParityTarget(format="l4q", engine="torch", variant="", folder=Path(checkpoint)), options) as engine:
+    target = ParityTarget(format="l4q", engine="torch", variant="", folder=Path(checkpoint))
+    with _engine(target, options, _longest(windows, options)) as engine:
         for number, window in enumerate(windows):
             answers.append(engine.prompt_logprobs(window))
             comparison.add(window, answers[-1], answers[-1])
@@ -147,12 +152,17 @@ def run_target(
     options: ParityOptions,
     progress: Progress = lambda *_: None,
 ) -> ParityRow:
-    """Run one engine and judge it; whatever goes wrong inside it becomes the row's error."""
+    """Run one engine and judge it; whatever goes wrong inside it becomes the row's error.
+
+    A runtime that is known not to load the folder (`target.refused`) is not started: its row says so.
+    """
     exact, problem = _exact_tensors(checkpoint, target) if options.check_bits else (None, None)
     total = len(checkpoint.modules)
+    if target.refused:
+        return ParityRow(target=target, exact=exact, total=total, error=problem, skipped=target.refused)
     comparison = LogprobComparison()
     try:
-        with _engine(target, options) as engine:
+        with _engine(target, options, _longest(oracle.windows, options)) as engine:
             for number, (window, expected) in enumerate(zip(oracle.windows, oracle.logprobs, strict=True)):
                 comparison.add(window, expected, engine.prompt_logprobs(window))
                 progress(target.label, number + 1, len(oracle.windows))
@@ -210,6 +220,9 @@ def assert_parity(report: ParityReport) -> None:
     if report.passed:
         return
     problems = []
+    if all(row.skipped for row in report.rows):
+        reasons = dict.fromkeys(f"{row.target.label}: not run, as {row.skipped}" for row in report.rows)
+        problems.append("; ".join(["no runtime was compared", *reasons]))
     for row in report.rows:
         if row.error:
             problems.append(f"{row.target.label}: {row.error}")
@@ -217,17 +230,23 @@ def assert_parity(report: ParityReport) -> None:
             problems.append(f"{row.target.label}: {row.exact} of {row.total} tensors bit-exact")
         failed = [check.to_dict() for check in row.checks if not check.passed]
         problems += [f"{row.target.label}: {c['figure']} {c['value']:.6g}, allowed {c['allowed']}" for c in failed]
-    raise VerificationError("parity failed", got="; ".join(problems) or "no runtime was compared")
+    raise VerificationError("parity failed", got="; ".join(problems))
 
 
-def _engine(target: ParityTarget, options: ParityOptions) -> RemoteEngine:
+def _longest(windows: Sequence[list[int]], options: ParityOptions) -> int:
+    """Tokens of the longest sequence an engine is given or makes."""
+    generated = len(options.prompt) + options.new_tokens if options.prompt else 0
+    return max([generated, *map(len, windows)])
+
+
+def _engine(target: ParityTarget, options: ParityOptions, tokens: int) -> RemoteEngine:
     return RemoteEngine(
         target.engine,
         target.folder,
         python=options.pythons.get(target.engine),
         timeout_s=options.timeout_s,
         threads=options.threads,
-        **target.options,
+        **target.engine_options(tokens),
     )
 
 

@@ -97,7 +97,8 @@ def _baselines(report: Report) -> dict[str, float]:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    verdict = "" if "passed" not in row else "ok" if row["passed"] else "FAILED"
+    good = "not run" if row.get("skipped") else "ok"
+    verdict = "" if "passed" not in row else good if row["passed"] else "FAILED"
     return (row["runtime"], _name(row), *(_figure(row, key, form) for _, key, form in FIGURES), verdict)
 
 

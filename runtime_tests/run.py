@@ -32,6 +32,7 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         report_files(arguments["report"])  # a place that cannot be written to is refused before the engines start
     targets = [target for folder in arguments["exports"] for target in detect(folder)]
     windows, prompt = read_windows(checkpoint.path, arguments["text"], arguments["windows"], arguments["window"])
+    check_context(checkpoint, arguments["window"], arguments["new_tokens"])
     options = ParityOptions(
         prompt=prompt if arguments["new_tokens"] else (),
         new_tokens=arguments["new_tokens"],
@@ -48,6 +49,9 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         update_cards(content)
     if show_table:
         Console().print(table(content))
+        for row in content["rows"]:
+            if row["skipped"]:
+                Console().print(f"{row['format']}: not run, as {row['skipped']}", markup=False)
     assert_parity(report)
     return content
 
@@ -89,7 +93,32 @@ def read_windows(checkpoint: Path, text_file: Path, count: int, window: int) -> 
         raise UsageError("the text cannot be read", where=text_file, got=error, expected="a UTF-8 text file") from error
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     windows = text_windows(tokenizer, text, window, count)
-    return windows, windows[0][: min(32, window // 2)]
+    return windows, windows[0][: _prompt_tokens(window)]
+
+
+def check_context(checkpoint: L4QCheckpoint, window: int, new_tokens: int) -> None:
+    """Refuse sequences longer than the model's context before an engine starts: llama.cpp aborts on them.
+
+    Raises:
+        UsageError: The window, or the prompt and its new tokens, do not fit.
+    """
+    context = checkpoint.config.get("max_position_embeddings")
+    if not isinstance(context, int):
+        return
+    prompt = _prompt_tokens(window)
+    for option, needed in (("--window", window), ("--new-tokens", prompt + new_tokens if new_tokens else 0)):
+        if needed > context:
+            raise UsageError(
+                "the model's context is too short",
+                where=option,
+                got=f"{needed} tokens" + (f", {prompt} of them the prompt" if option == "--new-tokens" else ""),
+                expected=f"at most {context}, max_position_embeddings of its config.json",
+                remedy=f"choose a smaller {option}",
+            )
+
+
+def _prompt_tokens(window: int) -> int:
+    return min(32, window // 2)
 
 
 def update_cards(report: dict[str, Any]) -> None:

@@ -14,6 +14,10 @@ from l4q.errors import UsageError
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data")
 # quant_method of config.json, which is the format's name -> engine
 ENGINE_OF_METHOD = {"gptq": "vllm", "awq": "vllm", "compressed-tensors": "vllm", "l4q": "torch"}
+# engine -> the runtime's name in plans and manifests
+RUNTIME_OF_ENGINE = {"vllm": "vLLM"}
+# engine -> (the option that sets its context, the context it has without, in tokens)
+CONTEXTS = {"vllm": ("max_model_len", 1024), "llamacpp": ("n_ctx", 4096)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,13 @@ class ParityTarget:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the engine."""
     bits_per_weight: float | None = None
+    refused: str = ""
+    """Why the runtime is not started: the plan, recorded in the manifest, says that it does not load the folder."""
+
+    def engine_options(self, tokens: int) -> dict[str, Any]:
+        """The engine's keyword arguments for sequences of so many tokens: as given, and a longer context if needed."""
+        name, default = CONTEXTS.get(self.engine, ("", tokens))
+        return {**({name: tokens} if tokens > default else {}), **self.options}
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +80,16 @@ def detect(folder: str | Path) -> tuple[ParityTarget, ...]:
     method = _quant_method(path)
     if method in ENGINE_OF_METHOD:
         engine = ENGINE_OF_METHOD[method]
-        return (ParityTarget(format=method, engine=engine, variant="", folder=path, bits_per_weight=bits),)
+        return (
+            ParityTarget(
+                format=method,
+                engine=engine,
+                variant="",
+                folder=path,
+                bits_per_weight=bits,
+                refused=_refusal(manifest, engine),
+            ),
+        )
     raise UsageError(
         "the folder is none of the formats l4q-parity runs",
         where=path,
@@ -88,6 +108,13 @@ def _onnx(path: Path, level: str, bits: float | None) -> ParityTarget:
         options={"accuracy_level": int(level)},
         bits_per_weight=bits,
     )
+
+
+def _refusal(manifest: dict[str, Any], engine: str) -> str:
+    """Why the engine's runtime does not load the folder, or ""; older manifests and foreign folders do not say."""
+    runtime = RUNTIME_OF_ENGINE.get(engine, "")
+    planned = manifest.get("runtimes", {}).get(runtime, {})
+    return "" if planned.get("loads", True) else f"{runtime} does not load it: {planned.get('reason')}"
 
 
 def _quant_method(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from exporters.hf_plan import (
     HEAD,
     VLLM_FAST_GROUPS,
     dense_notes,
+    dtype_warnings,
     group_sizes,
     listing,
     padded_head,
@@ -61,6 +62,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
             RuntimeSupport(runtime="transformers", loads=not obstacle, reason=through),
         ),
         notes=tuple(notes),
+        warnings=dtype_warnings(options),
     )
 
 

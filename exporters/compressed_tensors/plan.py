@@ -10,6 +10,7 @@ from exporters.hf_plan import (
     HEAD,
     VLLM_FAST_GROUPS,
     dense_notes,
+    dtype_warnings,
     fused_members,
     listing,
     plan_dense,
@@ -76,6 +77,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         tensors=(*quantized, *dense),
         runtimes=(vllm, _transformers(width)),
         notes=tuple(notes),
+        warnings=(*dtype_warnings(options), *_width_warnings(width)),
     )
 
 
@@ -145,6 +147,12 @@ def _plan_module(module: str, info: WeightInfo, width: int, scheme: Scheme) -> P
         reason=why_exact(info.bits, width),
         quantized=True,
     )
+
+
+def _width_warnings(width: int) -> tuple[str, ...]:
+    if WORD_BITS % width == 0:
+        return ()
+    return (f"compressed-tensors before 0.18 expects {width}-bit fields in other words and misreads these.",)
 
 
 def _transformers(width: int) -> RuntimeSupport:

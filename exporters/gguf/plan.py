@@ -70,6 +70,18 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
             *notes(architecture, checkpoint.config),
             *vocabulary.notes,
         ),
+        warnings=_warnings(quantized),
+    )
+
+
+def _warnings(quantized: list[PlannedTensor]) -> tuple[str, ...]:
+    """ggml's block_q8_1, the activations that meet Q4_1, keeps the sum of a block as fp16 (ggml-common.h)."""
+    count = sum(tensor.encoding == "Q4_1" for tensor in quantized)
+    if not count:
+        return ()
+    return (
+        f"{count} tensors are Q4_1: llama.cpp keeps the sum of 32 activations in fp16, where one beyond 65504 becomes "
+        "infinite. Zero-point none (Q4_0) and --gguf-type Q5_0 have no such sum.",
     )
 
 

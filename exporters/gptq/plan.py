@@ -9,6 +9,7 @@ from exporters.hf_plan import (
     HEAD,
     VLLM_FAST_GROUPS,
     dense_notes,
+    dtype_warnings,
     group_sizes,
     is_symmetric,
     listing,
@@ -44,8 +45,6 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     quantized = [_plan_module(module, checkpoint.info(module), width, options) for module in checkpoint.modules]
     dense = plan_dense(checkpoint, options)
     notes = [*dense_notes(dense, options), *container_notes(checkpoint, width)]
-    if not is_symmetric(checkpoint):
-        notes.append("sym is false, which vLLM's GPTQ loader refuses; GPTQModel takes it.")
     vllm = _vllm(checkpoint, options, width)
     notes += split_notes(checkpoint, options, vllm, shares_row_scales=True)
     return ExportPlan(
@@ -53,6 +52,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         tensors=(*quantized, *dense),
         runtimes=(vllm, *_gptqmodel(checkpoint)),
         notes=tuple(notes),
+        warnings=(*dtype_warnings(options), *_asymmetric_warnings(checkpoint, options)),
     )
 
 
@@ -104,6 +104,16 @@ def _vllm(checkpoint: L4QCheckpoint, options: ExportOptions, width: int) -> Runt
     else:
         reason = padded_head(checkpoint) or vllm_problems(checkpoint, options)
     return RuntimeSupport(runtime="vLLM", loads=not reason, reason=reason)
+
+
+def _asymmetric_warnings(checkpoint: L4QCheckpoint, options: ExportOptions) -> list[str]:
+    """vllm 0.32, quantization/humming.py: qzeros go in as they are, checkpoint_format is not looked at."""
+    if is_symmetric(checkpoint) or options.gptq_format != "gptq":
+        return []
+    return [
+        "vLLM's --quantization humming reads the zero-points one too low, as it does not know the offset of "
+        "checkpoint_format gptq; --gptq-format gptq_v2 has none."
+    ]
 
 
 def _gptqmodel(checkpoint: L4QCheckpoint) -> Iterable[RuntimeSupport]:

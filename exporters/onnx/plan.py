@@ -30,6 +30,12 @@ ACCURACY_NOTES = {
     0: "accuracy level 0: float32 activations, the trained model's numbers",
     4: "accuracy level 4: int8 activations, faster where the CPU has int8 instructions, perplexity up by 0.2 to 1.3 %",
 }
+DEFAULT_LEVEL = 4
+"""The accuracy level of an ONNX Runtime session that is not told another."""
+LEVEL_WARNING = (
+    "ONNX Runtime does not read the accuracy level from the model: a session without the option "
+    "session.qdq_matmulnbits_accuracy_level={level} rounds activations to int8."
+)
 FLOAT_NOTE = "float zero-points cost one extra small product per linear over group sums of its input"
 REASONS = {
     "none": "signed codes, no zero-point tensor",
@@ -59,7 +65,15 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     if options.onnx_runtime_optimized:
         notes.append(optimized_note())
     packages = (*GRAPH_PACKAGES[source.kind], *(("onnxruntime",) if options.onnx_runtime_optimized else ()))
-    return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes), packages=packages)
+    warnings = (LEVEL_WARNING.format(level=level),) if level != DEFAULT_LEVEL else ()
+    return ExportPlan(
+        format="onnx",
+        tensors=tuple(tensors),
+        runtimes=RUNTIMES,
+        notes=tuple(notes),
+        packages=packages,
+        warnings=warnings,
+    )
 
 
 def _check_names(checkpoint: L4QCheckpoint, source: GraphSource) -> None:

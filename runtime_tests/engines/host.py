@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l4q.errors import L4QError, UsageError
+from runtime_tests.engines.strays import MARKER, end_marked
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -80,6 +81,8 @@ ENGINE_ENV = {
 }
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 TAIL_CHARS = 4000
+REPLY_BYTES = 1 << 22
+"""Longest answer line; arrays travel in files."""
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -127,7 +130,7 @@ class RemoteEngine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=_environment(engine, threads),
+                env={**_environment(engine, threads), MARKER: str(self._scratch)},
                 start_new_session=True,
             )
         # also runs at interpreter exit, for a caller that never closes
@@ -166,12 +169,18 @@ class RemoteEngine:
     def generate(self, token_ids: list[int], max_new_tokens: int) -> tuple[list[int], float]:
         """Greedy new token ids, the stop token included, and the seconds spent after the first of them."""
         reply = self._call("generate", token_ids=[int(token) for token in token_ids], max_new_tokens=max_new_tokens)
-        new_ids, seconds = reply
-        return list(new_ids), float(seconds)
+        try:
+            new_ids, seconds = reply
+            return [int(token) for token in new_ids], float(seconds)
+        except (TypeError, ValueError) as error:
+            raise self._failed(f"answered generate with garbage: {reply!r:.200}") from error
 
     def info(self) -> dict[str, Any]:
         """Name, version and kernel facts of the runtime."""
-        return dict(self._call("info"))
+        reply = self._call("info")
+        if not isinstance(reply, dict):
+            raise self._failed(f"answered info with garbage: {reply!r:.200}")
+        return reply
 
     def close(self) -> None:
         """Let the engine free its model, then end the worker's whole process group. Safe to call twice."""
@@ -225,7 +234,7 @@ class RemoteEngine:
             valid = reply["id"] == self._count and (
                 ("result" in reply) if reply["ok"] else {"error", "trace"} <= set(reply)
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             valid = False
         if not valid:
             raise self._failed(f"answered {op} with garbage: {line[:200]!r}")
@@ -245,6 +254,8 @@ class RemoteEngine:
                 if not piece:
                     raise self._failed(f"died in {op} ({self._exit()})")
                 self._buffer += piece
+                if len(self._buffer) > REPLY_BYTES:
+                    raise self._failed(f"answered {op} with garbage: a line without end, {self._buffer[:100]!r}")
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
@@ -285,9 +296,10 @@ def _environment(engine: str, threads: int) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen[bytes], scratch: Path) -> None:
-    """Kill the worker's group, reap the worker and drop the scratch folder."""
+    """Kill the worker's group and what left it, reap the worker and drop the scratch folder."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    end_marked(scratch)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with suppress(BrokenPipeError):  # a request that never reached a dead worker

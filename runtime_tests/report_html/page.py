@@ -90,6 +90,7 @@ def _row(report: Mapping[str, Any], index: int) -> dict[str, Any]:
     row = report["rows"][index]
     variant = f"level {row['variant']}" if row["format"] == "onnx" else row["variant"]
     return {
+        "skipped": None,  # older reports do not say
         **row,
         "place": f"rows.{index}",
         "id": f"run-{index + 1}",
