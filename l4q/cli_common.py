@@ -13,6 +13,10 @@ import click
 from l4q.errors import L4QError, PeerError, UsageError
 
 INTERRUPTED = 130
+UNEXPECTED = 70
+"""sysexits' EX_SOFTWARE: a defect, or not enough memory."""
+DEBUG_VARIABLE = "L4Q_DEBUG"
+"""Environment variable: let unexpected errors end in a traceback."""
 
 
 class SpreadCommand(click.Command):
@@ -71,8 +75,30 @@ def status(command: click.Command) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED
+    except Exception as error:
+        return _unexpected(error)
     # With standalone_mode off, --help and --version return click's exit code instead of raising it.
     return result if isinstance(result, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    """Report what nobody foresaw in one line; the traceback is for who asks for it.
+
+    Raises:
+        Exception: The error itself, if L4Q_DEBUG is set.
+    """
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    if isinstance(error, MemoryError):
+        click.echo("error: out of memory\n  do: use a machine with more, or a smaller model", err=True)
+    else:
+        text = UsageError(
+            f"unexpected {type(error).__name__}",
+            got=str(error) or None,
+            remedy=f"this is a defect of l4q: please report it with the output of a run with {DEBUG_VARIABLE}=1",
+        )
+        click.echo(f"error: {text}", err=True)
+    return UNEXPECTED
 
 
 def _everywhere(error: L4QError) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4q.errors import UsageError
+from l4q.shard_index import read_index
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,7 +41,7 @@ class ShardReader:
         """
         from safetensors import SafetensorError, safe_open
 
-        weight_map = _read_index(folder)
+        weight_map = read_index(folder, INDEX, SINGLE)
         handles = {}
         for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
             path = folder / file_name
@@ -151,22 +152,3 @@ def sort_metadata(path: Path) -> None:
         ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         file.seek(8)
         file.write(ordered.ljust(size))  # the format pads headers with spaces
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    if not path.exists():
-        return {}
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            "the shard index cannot be read", where=path, got=error, expected='{"weight_map": {…}}'
-        ) from error
-    outside = sorted(name for name in set(pairs.values()) if Path(name).name != name or name.startswith("."))
-    if outside:
-        raise UsageError(
-            "the shard index points outside its folder", where=path, got=outside, expected="plain file names"
-        )
-    return pairs
