@@ -52,10 +52,9 @@ class QuantConfig:
         if self.k_grid is not None:
             self._check_k_grid(str(self.scale_grid), self.k_grid)
             return
-        grouped = (
-            _is_int(self.group_size) and 0 < self.group_size <= MOST_GROUP and self.group_size % GROUP_MULTIPLE == 0
-        )
-        if not grouped and self.group_size != PER_ROW:
+        whole = _is_int(self.group_size)
+        grouped = whole and 0 < self.group_size <= MOST_GROUP and self.group_size % GROUP_MULTIPLE == 0
+        if not grouped and not (whole and self.group_size == PER_ROW):
             raise _bad("group_size", self.group_size, f"a positive multiple of {GROUP_MULTIPLE}, or {PER_ROW}")
         if self.zero_point not in get_args(ZeroPoint):
             raise _bad("zero_point", self.zero_point, f"one of {get_args(ZeroPoint)}")

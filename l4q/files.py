@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from l4q.errors import UsageError
+from l4q.inside import lies_inside
 
 # What a runtime needs beside the weights; copied unchanged from folder to folder.
 SIDE_FILE_PATTERNS = (
@@ -30,6 +31,15 @@ SIDE_FILE_PATTERNS = (
 def find_side_files(folder: Path) -> tuple[Path, ...]:
     """The tokenizer, chat template, generation and licence files of a model folder, sorted by name."""
     found = {path for pattern in SIDE_FILE_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    outside = sorted(path.name for path in found if path.is_symlink() and not lies_inside(path, folder))
+    if outside:
+        raise UsageError(
+            "a file of the model is a link that leaves its folder",
+            where=folder,
+            got=outside,
+            expected="files of the folder: exports hold copies of them",
+            remedy="put the file itself there, or remove the link",
+        )
     return tuple(sorted(found))
 
 

@@ -35,8 +35,17 @@ def read_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
         expected="tokenizer files that transformers reads without code of the model's",
         remedy="copy the tokenizer files again",
     ):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def require_tokenizer(tokenizer: Any, where: object) -> Any:
+    """The tokenizer itself, if it makes token ids of a text: transformers also returns ones without a vocabulary.
+
+    Raises:
+        UsageError: It does not.
+    """
+    with foreign("the tokenizer does not work", where=where, remedy="copy the tokenizer files again"):
         ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        raise UsageError("the tokenizer gives no token ids", where=model, got=ids, remedy="copy its files again")
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise UsageError("the tokenizer gives no token ids", where=where, got=ids, remedy="copy its files again")
     return tokenizer

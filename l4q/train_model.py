@@ -21,7 +21,7 @@ from l4q.rules import split_siblings
 from l4q.sharding import hollow_model, reads_weights
 from l4q.starts import open_start
 from l4q.starts.match import fit_scale_grid
-from l4q.tokenizers import read_tokenizer
+from l4q.tokenizers import read_tokenizer, require_tokenizer
 from l4q.train_options import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
     start, trusted = open_start(options.model), options.trust_remote_code
     if start is not None:
         log.info("%s: a %s start", start.path, start.format)
-        return start.load(getattr(torch, options.dtype))
+        model, tokenizer = start.load(getattr(torch, options.dtype))
+        return model, require_tokenizer(tokenizer, start.path)
     path = Path(options.model)
     looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
     if looks_local and not path.is_dir():
@@ -62,7 +63,7 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
             got=first_line(error),
             expected="an architecture of AutoModelForCausalLM",
         ) from error
-    return model, tokenizer
+    return model, require_tokenizer(tokenizer, options.model)
 
 
 def _dense_model(options: TrainOptions, dtype: torch.dtype) -> Any:

@@ -204,9 +204,9 @@ def _read_json(path: Path) -> Json:
     content = read_object(path, "tokenizer.json", most_bytes=TOKENIZER_BYTES)
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(model, dict) and model.get("type") == "BPE":
-        if not isinstance(vocabulary, dict) or not all(type(at) is int and at >= 0 for at in vocabulary.values()):
-            raise _damaged(path, "model.vocab", "an object of token ids, whole numbers >= 0")
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else (None,)
+    if isinstance(model, dict) and model.get("type") == "BPE" and not all(type(at) is int and at >= 0 for at in ids):
+        raise _damaged(path, "model.vocab", "an object of token ids, whole numbers >= 0")
     fits = added is None or (isinstance(added, list) and all(_is_added(entry) for entry in added))
     if not fits:
         raise _damaged(path, "added_tokens", "a list of {content, id}, whole ids >= 0")
