@@ -16,8 +16,10 @@ from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
 from l4q.finite import require_finite
+from l4q.json_files import check_json_files
 from l4q.k_grids import SUPERBLOCK
 from l4q.model_folder import check_config, read_config
+from l4q.model_shapes import check_shapes
 from l4q.module_grids import grid_record, grids_entry, module_grids
 from l4q.shards import ShardReader, ShardWriter
 from l4q.weight import QuantizedWeight
@@ -117,6 +119,8 @@ class L4QCheckpoint:
         checkpoint = cls(folder, config, quant, shards)
         if not checkpoint.modules:
             raise UsageError("the checkpoint has no quantized linear", where=folder, expected="<module>.codes tensors")
+        shapes = {name.removesuffix(".codes"): shards.shape(name) for name in shards.names if _is_whole(name)}
+        check_shapes(config, shapes, folder)
         checkpoint._check_grids(module_grids(section, where=folder / CONFIG_NAME))
         return checkpoint
 
@@ -165,7 +169,7 @@ class L4QCheckpoint:
 
     def side_files(self) -> tuple[Path, ...]:
         """Tokenizer, chat template, generation config and licence files."""
-        return find_side_files(self.path)
+        return check_json_files(find_side_files(self.path))
 
     def _read_info(self, module: str) -> WeightInfo:
         where = f"{self.path}: {module}"
@@ -309,6 +313,11 @@ def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Ten
     arrays = {part: getattr(weight, part) for part in _PARTS if getattr(weight, part) is not None}
     arrays["codes"] = pack_codes(weight.codes, weight.bits)
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a tensor is dense or holds the codes of a linear."""
+    return name.rpartition(".")[2] not in _PARTS or name.endswith(".codes")
 
 
 def _companions(info: WeightInfo) -> tuple[str, ...]:

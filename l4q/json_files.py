@@ -52,6 +52,18 @@ def read_object(path: Path, what: str, *, most_bytes: int = MOST_BYTES, remedy: 
     return content
 
 
+def check_json_files(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The paths themselves, once those that end in .json hold objects: exports carry copies of them.
+
+    Raises:
+        UsageError: One does not.
+    """
+    for path in paths:
+        if path.suffix == ".json":
+            read_object(path, path.name, most_bytes=TOKENIZER_BYTES, remedy="copy the tokenizer files again")
+    return paths
+
+
 def parse_json(text: bytes | str, what: str, *, where: object, remedy: str | None = None) -> Any:
     """Parse JSON.
 
