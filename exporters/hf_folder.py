@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +10,7 @@ from exporters.files import copy_side_files, write_json
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
 from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint, WeightInfo
 from l4q.errors import UnsupportedError, UsageError
+from l4q.model_folder import read_config
 from l4q.packed_weight import PackedWeight
 from l4q.shard_layout import TensorSpec, Unit, plan_shards
 from l4q.shard_writer import write_shards
@@ -100,10 +100,7 @@ def read_section(folder: Path, method: str, label: str) -> dict[str, Any]:
         UsageError: config.json cannot be read, or its quant_method is another.
     """
     path = folder / CONFIG_NAME
-    try:
-        section = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError("config.json cannot be read", where=path, got=error, expected="a JSON object") from error
+    section = read_config(folder).get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != method:
         raise UsageError(
             f"not {label} folder",

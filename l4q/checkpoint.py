@@ -16,7 +16,11 @@ from l4q.checkpoint_files import write_checkpoint_manifest
 from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
+from l4q.finite import require_finite
+from l4q.json_files import check_json_files
 from l4q.k_grids import SUPERBLOCK
+from l4q.model_folder import check_config, read_config
+from l4q.model_shapes import check_shapes
 from l4q.module_grids import grid_record, grids_entry, module_grids
 from l4q.packed_weight import PackedWeight
 from l4q.shard_layout import DTYPE_BYTES, row_slices
@@ -95,7 +99,7 @@ class L4QCheckpoint:
             UsageError: A file is missing or damaged, or a tensor has the wrong shape, dtype or companions.
         """
         folder = Path(path)
-        config = _read_config(folder)
+        config = read_config(folder, remedy="give the folder that l4q-train wrote (RUN/checkpoint)")
         section = config.get("quantization_config")
         if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
             raise UsageError(
@@ -114,9 +118,13 @@ class L4QCheckpoint:
                 remedy="use the l4q release that wrote it",
             )
         quant = QuantConfig.from_dict(section, where=folder / CONFIG_NAME)
-        checkpoint = cls(folder, config, quant, ShardReader.open(folder))
+        shards = ShardReader.open(folder)
+        check_config(config, folder / CONFIG_NAME, tensors=len(shards.names))
+        checkpoint = cls(folder, config, quant, shards)
         if not checkpoint.modules:
             raise UsageError("the checkpoint has no quantized linear", where=folder, expected="<module>.codes tensors")
+        shapes = {name.removesuffix(".codes"): shards.shape(name) for name in shards.names if _is_whole(name)}
+        check_shapes(config, shapes, folder)
         checkpoint._check_grids(module_grids(section, where=folder / CONFIG_NAME))
         return checkpoint
 
@@ -160,8 +168,12 @@ class L4QCheckpoint:
         return {**parts, "bits": info.bits, "group_size": info.group_size, "name": module}
 
     def dense(self, name: str, rows: slice = ALL) -> torch.Tensor:
-        """Read one unquantized tensor in its stored dtype, or a range of its rows."""
-        return self._shards.tensor(name, rows)
+        """Read one unquantized tensor in its stored dtype, or a range of its rows.
+
+        Raises:
+            UsageError: It holds NaN or infinite values.
+        """
+        return require_finite(self._shards.tensor(name, rows), f"{self.path}: {name}")
 
     def dense_row_slices(self, name: str, max_bytes: int) -> Iterator[slice]:
         """Ranges of rows of an unquantized tensor with at most that many stored bytes (or one row) each."""
@@ -177,16 +189,18 @@ class L4QCheckpoint:
 
     def side_files(self) -> tuple[Path, ...]:
         """Tokenizer, chat template, generation config and licence files."""
-        return find_side_files(self.path)
+        return check_json_files(find_side_files(self.path))
 
     def _read_info(self, module: str) -> WeightInfo:
         where = f"{self.path}: {module}"
         record = self._shards.metadata(f"{module}.codes").get(module)
         try:
             values = json.loads(record or "")
-            out_features, in_features = (int(size) for size in values["shape"])
+            out_features, in_features = values["shape"]
+            if type(out_features) is not int or type(in_features) is not int:
+                raise TypeError("sizes are whole numbers")
             grid = QuantConfig.from_dict(values, where=where)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 "a quantized module has no valid record in its shard's metadata",
                 where=where,
@@ -309,7 +323,9 @@ def save_checkpoint(
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"([0-9]+)", name)  # text and digits in turn; numbers of equal length compare as their digits do
+    digits = [part.lstrip("0") if index % 2 else part for index, part in enumerate(parts)]
+    return [(len(part) if index % 2 else -1, part) for index, part in enumerate(digits)]
 
 
 def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -320,24 +336,14 @@ def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Ten
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
 
 
+def _is_whole(name: str) -> bool:
+    """Whether a tensor is dense or holds the codes of a linear."""
+    return name.rpartition(".")[2] not in _PARTS or name.endswith(".codes")
+
+
 def _companions(info: WeightInfo) -> tuple[str, ...]:
     """The tensors of a module beside its codes and scales."""
     kind = {"integer": ("zeros",), "float": ("mins",), "none": ()}[info.zero_point]
     if info.k_grid is None:
         return kind
     return ("sub_scales", *kind, *(("sub_mins",) if info.zero_point == "float" else ()))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(
-            "config.json not found", where=folder, remedy="give the folder that l4q-train wrote (RUN/checkpoint)"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError("config.json cannot be read", where=path, got=error, expected="a JSON object") from error
-    if not isinstance(config, dict):
-        raise UsageError("config.json is not a JSON object", where=path, got=type(config).__name__)
-    return config

@@ -24,6 +24,10 @@ from l4q.errors import L4QError, OutputError, PeerError, UsageError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command after it has cleaned up."""
+UNEXPECTED = 70
+"""sysexits' EX_SOFTWARE: a defect, or not enough memory."""
+DEBUG_VARIABLE = "L4Q_DEBUG"
+"""Environment variable: let unexpected errors end in a traceback."""
 
 
 class SpreadCommand(click.Command):
@@ -109,6 +113,8 @@ def _status(command: click.Command, rank: int, received: list[signal.Signals]) -
         number = received[0] if received else signal.SIGINT
         click.echo(f"interrupted by {number.name}; nothing half-written was left", err=True)
         return 128 + number
+    except Exception as error:
+        return _unexpected(error)
     # With standalone_mode off, --help and --version return click's exit code instead of raising it.
     return result if isinstance(result, int) else 0
 
@@ -130,6 +136,26 @@ def _unwinding() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _unexpected(error: Exception) -> int:
+    """Report what nobody foresaw in one line; the traceback is for who asks for it.
+
+    Raises:
+        Exception: The error itself, if L4Q_DEBUG is set.
+    """
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    if isinstance(error, MemoryError):
+        click.echo("error: out of memory\n  do: use a machine with more, or a smaller model", err=True)
+    else:
+        text = UsageError(
+            f"unexpected {type(error).__name__}",
+            got=str(error) or None,
+            remedy=f"this is a defect of l4q: please report it with the output of a run with {DEBUG_VARIABLE}=1",
+        )
+        click.echo(f"error: {text}", err=True)
+    return UNEXPECTED
 
 
 def _everywhere(error: L4QError) -> bool:

@@ -108,6 +108,7 @@ RESULT_LINES = {
 @click.option(
     "--kernels", type=click.Choice(get_args(KernelChoice)), default="auto", help="auto: numba on CPU, triton on CUDA."
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with MODEL. Read it first.")
 @click.option("--fsdp", is_flag=True, help="Under torchrun or accelerate launch: shard the model, do not copy it.")
 @click.option("--save-every", type=int, default=100, help="Steps between saved states.")
 @click.option("--keep-states", type=int, default=2, help="Saved states to keep.")

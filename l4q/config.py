@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -20,6 +21,8 @@ FORMAT_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4)
 GROUP_MULTIPLE = 32
 PER_ROW = -1
+MOST_RANK = 1 << 16
+MOST_GROUP = 1 << 30
 
 # fp16_s7 keeps 7 significant bits, so that scale * zero (4 more bits) is exact in fp16 and GGUF's Q4_1 holds it.
 DEFAULT_SCALE_GRID: dict[str, ScaleGrid] = {"none": "fp16", "integer": "fp16_s7", "float": "fp16"}
@@ -49,8 +52,9 @@ class QuantConfig:
         if self.k_grid is not None:
             self._check_k_grid(str(self.scale_grid), self.k_grid)
             return
-        grouped = _is_int(self.group_size) and self.group_size > 0 and self.group_size % GROUP_MULTIPLE == 0
-        if not grouped and self.group_size != PER_ROW:
+        whole = _is_int(self.group_size)
+        grouped = whole and 0 < self.group_size <= MOST_GROUP and self.group_size % GROUP_MULTIPLE == 0
+        if not grouped and not (whole and self.group_size == PER_ROW):
             raise _bad("group_size", self.group_size, f"a positive multiple of {GROUP_MULTIPLE}, or {PER_ROW}")
         if self.zero_point not in get_args(ZeroPoint):
             raise _bad("zero_point", self.zero_point, f"one of {get_args(ZeroPoint)}")
@@ -140,8 +144,10 @@ class LoraConfig:
     """fnmatch patterns on a module's dotted name or its last part; they do not reach the output head."""
 
     def __post_init__(self) -> None:
-        if not _is_int(self.rank) or self.rank < 1:
-            raise _bad("rank", self.rank, "an integer >= 1")
+        if not _is_int(self.rank) or not 1 <= self.rank <= MOST_RANK:
+            raise _bad("rank", self.rank, f"an integer from 1 to {MOST_RANK}")
+        if not math.isfinite(self.alpha):
+            raise _bad("alpha", self.alpha, "a finite number")
         if not 0.0 <= self.dropout < 1.0:
             raise _bad("dropout", self.dropout, "a probability in [0, 1)")
         if not self.target_modules:

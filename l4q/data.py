@@ -144,6 +144,27 @@ def cut_example(example: Example, max_length: int) -> Example:
     return Example(input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
 
 
+def require_known(data: TrainingData, rows: int) -> None:
+    """Refuse token ids beyond the model's embedding, which an index into it would not survive.
+
+    Args:
+        data: The examples.
+        rows: Rows of the embedding.
+
+    Raises:
+        UsageError: The tokenizer is not the model's.
+    """
+    largest = max(max(example.input_ids) for example in data.examples)
+    if largest >= rows:
+        raise UsageError(
+            "the tokenizer gives ids that the model has no embedding for",
+            where="tokenizer",
+            got=largest,
+            expected=f"at most {rows - 1}",
+            remedy="put the tokenizer that belongs to the model into its folder",
+        )
+
+
 def pack_blocks(stream: Sequence[int], max_length: int) -> list[Example]:
     """Cut a token stream into consecutive blocks; the last may be shorter, a single left-over token is dropped."""
     blocks = [list(stream[start : start + max_length]) for start in range(0, len(stream), max_length)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from l4q.data_records import Record, RecordKind
 from l4q.errors import UnsupportedError, UsageError
+from l4q.guards import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -106,15 +107,18 @@ _DIALOGUES: dict[RecordKind, Callable[[Record, Tokenizer], Dialogue]] = {
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, *, ask: bool) -> str:
+    """The conversation as text, by transformers' renderer, which runs templates in jinja2's immutable sandbox."""
     from jinja2.exceptions import TemplateError
 
+    roles = [message["role"] for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        with foreign("the chat template fails", where=f"{where}, roles {roles}", remedy=None, passed=(TemplateError,)):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except TemplateError as error:
         raise UsageError(
             "the chat template refuses the conversation",
             where=where,
-            got=f"{error}, for roles {[message['role'] for message in messages]}",
+            got=f"{error}, for roles {roles}",
             expected="roles in the order the template supports",
         ) from error
 

@@ -68,6 +68,8 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 
 def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise UsageError("the training file is not a file", where=path, expected="a readable file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -125,11 +127,12 @@ READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of 5000 digits
+        place = f" at line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UsageError(
             "the training record is not valid JSON",
             where=where,
-            got=f"{error.msg} at line {error.lineno} column {error.colno}",
+            got=f"{error.msg if isinstance(error, json.JSONDecodeError) else error}{place}",
             expected="one JSON object per line (.jsonl) or one list of objects (.json)",
         ) from error
 
@@ -180,3 +183,12 @@ def _check_messages(messages: Any, where: str) -> None:
 def _check_string(text: Any, where: str) -> None:
     if not isinstance(text, str):
         raise UsageError("a training text is not a string", where=where, got=type(text).__name__, expected="str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise UsageError(
+            "a training text is no Unicode text",
+            where=where,
+            got=f"{error.reason} at character {error.start}",
+            expected="text that UTF-8 can hold",
+        ) from error

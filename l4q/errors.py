@@ -19,6 +19,8 @@ class L4QError(Exception):
     """
 
     exit_code = 3
+    longest = 10_000
+    """Characters shown of a value; an engine's log is one."""
 
     def __init__(
         self,
@@ -30,21 +32,23 @@ class L4QError(Exception):
         remedy: str | None = None,
     ) -> None:
         details = (("where", where), ("got", got), ("expected", expected), ("do", remedy))
-        lines = [what, *(f"  {label}: {value}" for label, value in details if value is not None)]
-        super().__init__("\n".join(lines))
-        self.what = what
+        self.what = _shown(what, self.longest)
+        lines = [f"  {label}: {_shown(value, self.longest)}" for label, value in details if value is not None]
+        super().__init__("\n".join([self.what, *lines]))
 
 
 class UsageError(L4QError):
     """A bad option or bad input: missing or corrupt file, wrong shape, NaN scale, group size that does not divide."""
 
     exit_code = 2
+    longest = 1000
 
 
 class UnsupportedError(L4QError):
     """An architecture, format or runtime that cannot hold what was asked of it."""
 
     exit_code = 3
+    longest = 1000
 
 
 class InexactError(L4QError):
@@ -78,3 +82,12 @@ class PeerError(L4QError):
         """Take over the exit code of process 0."""
         super().__init__("process 0 failed", remedy="see its message")
         self.exit_code = exit_code
+
+
+def _shown(value: object, longest: int) -> str:
+    """A value as text of bounded length, without control characters: names come from files, and a terminal obeys."""
+    text = "".join(sign if sign.isprintable() or sign in "\n\t" else "?" for sign in str(value))
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} … ({len(text):,} characters) … {text[-half:]}"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from l4q.durable import exchange, output_errors, sync_folder, sync_tree
 from l4q.errors import BusyError, OutputError, UsageError
+from l4q.inside import lies_inside
 from l4q.locks import exclusive
 
 # What a runtime needs beside the weights; copied unchanged from folder to folder.
@@ -38,6 +39,15 @@ _LEFTOVERS = (".staged", ".retired", ".lock", ".part")
 def find_side_files(folder: Path) -> tuple[Path, ...]:
     """The tokenizer, chat template, generation and licence files of a model folder, sorted by name."""
     found = {path for pattern in SIDE_FILE_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    outside = sorted(path.name for path in found if path.is_symlink() and not lies_inside(path, folder))
+    if outside:
+        raise UsageError(
+            "a file of the model is a link that leaves its folder",
+            where=folder,
+            got=outside,
+            expected="files of the folder: exports hold copies of them",
+            remedy="put the file itself there, or remove the link",
+        )
     return tuple(sorted(found))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from l4q.config import QuantConfig, ScaleGrid, ZeroPoint
+from l4q.config import MOST_GROUP, QuantConfig, ScaleGrid, ZeroPoint
 from l4q.errors import UsageError
 
 WHOLE = ("bits", "group_size")
@@ -150,6 +150,8 @@ def split_siblings(group_sizes: Mapping[str, int | None]) -> list[str]:
 
 def _whole(name: str, value: str) -> int:
     try:
+        if len(value) > len(str(-MOST_GROUP)):
+            raise ValueError("too many digits")
         return int(value)
     except ValueError as error:
         raise UsageError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4q.errors import UsageError
+from l4q.shard_index import read_index
 from l4q.shard_layout import INDEX, SINGLE
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class ShardReader:
         Raises:
             UsageError: A shard is missing, truncated or malformed, or the index and the shards disagree.
         """
-        weight_map = _read_index(folder)
+        weight_map = read_index(folder, INDEX, SINGLE)
         reader = cls(folder, sorted(set(weight_map.values())) if weight_map else [SINGLE])
         if weight_map and set(weight_map) != reader.names:
             odd = sorted(set(weight_map) ^ reader.names)[:5]
@@ -159,22 +160,3 @@ def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
             shape=tuple(entry["shape"]),
         )
     return places, metadata
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    if not path.exists():
-        return {}
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            "the shard index cannot be read", where=path, got=error, expected='{"weight_map": {…}}'
-        ) from error
-    outside = sorted(name for name in set(pairs.values()) if Path(name).name != name or name.startswith("."))
-    if outside:
-        raise UsageError(
-            "the shard index points outside its folder", where=path, got=outside, expected="plain file names"
-        )
-    return pairs

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from l4q.data import TrainingData, load_training_data, make_collator, padding_id
+from l4q.data import TrainingData, load_training_data, make_collator, padding_id, require_known
 from l4q.distributed import (
     amp_requested,
     decide,
@@ -94,6 +94,7 @@ def _train(options: TrainOptions, args: TrainingArguments, run: RunFolder) -> di
     model, tokenizer = load_model(options)
     context = context_length(model)
     data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
+    require_known(data, model.get_input_embeddings().weight.shape[0])
     log.info("data: %s", data.facts())
     evaluator = Evaluator(windows=evaluation_windows(options.evaluation, model, tokenizer))
     decide(lambda: run.check(options, data.facts()))

@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from l4q.calibrate import Moments, input_moments
 from l4q.data import TrainingData
 from l4q.errors import UnsupportedError, UsageError
+from l4q.guards import first_line, foreign
 from l4q.model import WrapReport, l4q_layers, wrap_linears
+from l4q.model_folder import check_folder, check_size
 from l4q.rules import split_siblings
 from l4q.sharding import hollow_model, reads_weights
 from l4q.starts import open_start
 from l4q.starts.match import fit_scale_grid
+from l4q.tokenizers import read_tokenizer, require_tokenizer
 from l4q.train_options import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -31,36 +34,69 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
         UsageError: The folder or model id does not exist or is incomplete.
         UnsupportedError: transformers knows no causal language model for it.
     """
-    start = open_start(options.model)
+    start, trusted = open_start(options.model), options.trust_remote_code
     if start is not None:
         log.info("%s: a %s start", start.path, start.format)
-        return start.load(getattr(torch, options.dtype))
+        model, tokenizer = start.load(getattr(torch, options.dtype))
+        return model, require_tokenizer(tokenizer, start.path)
     path = Path(options.model)
     looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
     if looks_local and not path.is_dir():
         raise UsageError("the model folder does not exist", where=options.model, expected="a Hugging Face model folder")
+    if path.is_dir():
+        check_folder(path, trust_remote_code=trusted)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
         dtype = getattr(torch, options.dtype)
-        if reads_weights(options.fsdp):
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-        else:
-            model = hollow_model(options.model, dtype)
+        model = _dense_model(options, dtype) if reads_weights(options.fsdp) else hollow_model(options.model, dtype)
+        tokenizer = read_tokenizer(options.model, trust_remote_code=trusted)
     except OSError as error:
         raise UsageError(
             "the model cannot be loaded",
             where=options.model,
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             expected="a folder with config.json, safetensors and tokenizer, or a model id of the hub",
         ) from error
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(
             "transformers cannot load this as a causal language model",
             where=options.model,
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             expected="an architecture of AutoModelForCausalLM",
         ) from error
-    return model, tokenizer
+    return model, require_tokenizer(tokenizer, options.model)
+
+
+def _dense_model(options: TrainOptions, dtype: torch.dtype) -> Any:
+    """The model from safetensors; code that comes with it runs only if the options say so.
+
+    Raises:
+        UsageError: The config is not that of the weights: tensors are missing or of another shape.
+    """
+    trusted, path = options.trust_remote_code, Path(options.model)
+    if trusted:
+        log.warning("%s: Python code that comes with the model runs (--trust-remote-code)", options.model)
+    with foreign("transformers cannot load this model", where=options.model, passed=(OSError, ValueError, ImportError)):
+        if path.is_dir():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+            with torch.device("meta"):
+                check_size(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), path)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            options.model,
+            dtype=dtype,
+            trust_remote_code=trusted,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    wrong = {key: sorted(map(str, info[key]))[:5] for key in ("missing_keys", "mismatched_keys") if info[key]}
+    if wrong:  # transformers would fill them with random numbers
+        raise UsageError(
+            "the folder's tensors are not those of its architecture",
+            where=options.model,
+            got=wrong,
+            expected=type(model).__name__,
+            remedy="copy the whole folder again",
+        )
+    return model
 
 
 def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = None) -> WrapReport:

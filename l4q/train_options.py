@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,10 @@ OptimState = Literal["float32", "bfloat16", "8bit"]
 
 # A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
 SCALE_LR_RATIO = 1 / 20
+MOST_COUNT = 10**9
+MOST_EPOCHS = 10**6
+MOST_SEED = 1 << 32
+"""NumPy's generators take 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class OptimOptions:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.lr * SCALE_LR_RATIO)
         for name in ("lr", "scale_lr", "offset_lr", "weight_decay", "max_grad_norm"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number >= 0")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
         require(self.state in get_args(OptimState), "optim_state", self.state, f"one of {get_args(OptimState)}")
 
@@ -63,6 +68,11 @@ class EvalOptions:
     """Tokens per window; None: 512, or the model's context if that is shorter."""
     windows: int = 12
     """Number of windows, from the middle of the text."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(1 <= self.windows <= MOST_COUNT, "eval_windows", self.windows, f"from 1 to {MOST_COUNT}")
+        require(self.window is None or self.window >= 2, "eval_window", self.window, "at least 2 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,8 @@ class TrainOptions:
     """Recompute each block's activations in the backward pass."""
     kernels: KernelChoice = "auto"
     """How layers compute W_q and its gradients, see `l4q.kernels`: "auto" picks the fastest of the device."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; read it first. Not with fsdp; a checkpoint does not carry the code."""
     fsdp: bool = False
     """Shard the model over the processes of a launcher (FSDP2) instead of giving each a copy (DDP)."""
     save_every: int = 100
@@ -136,7 +148,8 @@ class TrainOptions:
         require(bool(self.data), "data", "no file", "at least one training file")
         require(self.steps is None or self.epochs is None, "steps", "both steps and epochs", "one of the two")
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
-        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
+        require(self.epochs is None or 0 < self.epochs <= MOST_EPOCHS, "epochs", self.epochs, "> 0, at most 1e6")
+        require(0 <= self.seed < MOST_SEED, "seed", self.seed, f">= 0 and below {MOST_SEED}")
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
         require(self.amp in get_args(Amp), "amp", self.amp, f"one of {get_args(Amp)}")
         fits = self.amp == "none" or self.dtype == "float32"  # bfloat16 weights need no autocast
@@ -146,8 +159,9 @@ class TrainOptions:
         kernels = get_args(KernelChoice)
         require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
+            require(1 <= getattr(self, name) <= MOST_COUNT, name, getattr(self, name), f"from 1 to {MOST_COUNT}")
+        require(self.steps is None or 1 <= self.steps <= MOST_COUNT, "steps", self.steps, f"from 1 to {MOST_COUNT}")
+        require(not (self.fsdp and self.trust_remote_code), "trust_remote_code", "with fsdp", "one process, or DDP")
         require(
             not (self.fsdp and self.init == "calibrated"),
             "init",
@@ -207,7 +221,18 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "skip": tuple,
     "overrides": lambda overrides: tuple(Override(**override) for override in overrides),
 }
-_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp", "kernels")
+_INCIDENTAL = (
+    "data",
+    "out",
+    "evaluation",
+    "save_every",
+    "keep_states",
+    "resume",
+    "overwrite",
+    "fsdp",
+    "kernels",
+    "trust_remote_code",
+)
 
 
 def require(condition: bool, option: str, got: object, expected: str) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from exporters.gguf.metadata import QUANTIZED_KEY
 from exporters.gguf.names import architecture_of_file, module_names, permuted_heads_of_file, unpermute_rows
 from l4q.errors import UsageError
+from l4q.starts.gguf_header import check_gguf
 
 
 def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -24,7 +25,9 @@ def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tup
     Raises:
         UsageError: The folder does not hold exactly one .gguf file, or the file lacks a key or a tensor.
     """
-    reader = gguf.GGUFReader(find_file(folder))
+    path = find_file(folder)
+    check_gguf(path)
+    reader = gguf.GGUFReader(path)
     architecture = architecture_of_file(str(_value(reader, gguf.Keys.General.ARCHITECTURE)))
     n_layers = _value(reader, gguf.Keys.LLM.BLOCK_COUNT.format(arch=architecture.name))
     modules = module_names(architecture, int(str(n_layers)))

@@ -17,6 +17,8 @@ import gguf
 
 from exporters.gguf.metadata import MetadataValue
 from l4q.errors import UsageError
+from l4q.guards import foreign
+from l4q.json_files import TOKENIZER_BYTES, read_object
 
 Json = dict[str, Any]
 
@@ -63,6 +65,11 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return _ids_only("no tokenizer.json in the checkpoint")
+    with foreign("the tokenizer cannot be read", where=path, remedy="copy the tokenizer files again"):
+        return _read_vocabulary(folder, path, vocab_size)
+
+
+def _read_vocabulary(folder: Path, path: Path, vocab_size: int) -> Vocabulary:
     tokenizer = _read_json(path)
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
@@ -143,7 +150,7 @@ def _tokens_and_types(tokenizer: Json, vocab_size: int) -> tuple[list[str], list
     types = [int(gguf.TokenType.UNUSED)] * vocab_size
     added = {entry["content"]: entry for entry in tokenizer.get("added_tokens") or ()}
     vocabulary = {**tokenizer["model"]["vocab"], **{content: entry["id"] for content, entry in added.items()}}
-    if max(vocabulary.values()) >= vocab_size:
+    if max(vocabulary.values(), default=-1) >= vocab_size:
         raise UsageError(
             "the tokenizer has more tokens than the embedding has rows",
             where="tokenizer.json",
@@ -194,13 +201,27 @@ def _ids_only(reason: str) -> Vocabulary:
 
 
 def _read_json(path: Path) -> Json:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError("tokenizer.json cannot be read", where=path, got=error, expected="a JSON object") from error
-    if not isinstance(content, dict):
-        raise UsageError("tokenizer.json is not a JSON object", where=path, got=type(content).__name__)
+    content = read_object(path, "tokenizer.json", most_bytes=TOKENIZER_BYTES)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else (None,)
+    if isinstance(model, dict) and model.get("type") == "BPE" and not all(type(at) is int and at >= 0 for at in ids):
+        raise _damaged(path, "model.vocab", "an object of token ids, whole numbers >= 0")
+    fits = added is None or (isinstance(added, list) and all(_is_added(entry) for entry in added))
+    if not fits:
+        raise _damaged(path, "added_tokens", "a list of {content, id}, whole ids >= 0")
     return content
+
+
+def _is_added(entry: Any) -> bool:
+    named = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    return named and type(entry.get("id")) is int and entry["id"] >= 0
+
+
+def _damaged(path: Path, part: str, expected: str) -> UsageError:
+    return UsageError(
+        "the tokenizer cannot be read", where=f"{path}: {part}", expected=expected, remedy="copy its files again"
+    )
 
 
 def _text(key: str, value: str) -> MetadataValue:

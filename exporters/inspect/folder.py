@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from exporters.inspect.facts import GridValues, Source, TensorEntry
 from exporters.inspect.runtimes import of_checkpoint, of_folder
 from l4q.checkpoint import QUANT_METHOD, L4QCheckpoint, natural_order
 from l4q.errors import UnsupportedError, UsageError
+from l4q.model_folder import read_config
 from l4q.shards import ShardReader
 from l4q.starts import DECODERS, open_start, quantization_section
 from l4q.starts.grid import LinearGrid
@@ -154,10 +154,7 @@ def _nbytes(name: str, shards: ShardReader) -> int:
 
 
 def _facts(path: Path, section: dict[str, Any] | None) -> dict[str, str]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError("config.json cannot be read", where=path, got=error, expected="a JSON object") from error
+    config = read_config(path)
     facts = {"architecture": ", ".join(config.get("architectures") or ["unknown"])}
     facts |= {key: str(section[key]) for key in SHOWN if section and section.get(key) is not None}
     files = sorted(path.glob("*.safetensors"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from exporters.inspect.facts import GridValues, Source, TensorEntry
 from exporters.inspect.runtimes import of_gguf
 from l4q.errors import UsageError
-from l4q.starts.gguf import MAGIC
+from l4q.guards import foreign
 from l4q.starts.gguf_blocks import LINEAR_TYPES, integer_points
+from l4q.starts.gguf_header import check_gguf
 
 BLOCK = 32
 PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
@@ -34,17 +34,10 @@ def open_source(path: Path) -> Source:
     """
     from gguf import GGUFReader
 
-    with path.open("rb") as file:
-        magic = file.read(len(MAGIC))
-    if magic != MAGIC:
-        raise UsageError("not a GGUF file", where=path, got=magic, expected=MAGIC, remedy="copy it again")
-    try:
+    check_gguf(path)
+    with foreign("the GGUF file is truncated or damaged", where=path):
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
-        raise UsageError(
-            "the GGUF file is truncated or damaged", where=path, got=error, remedy="copy it again"
-        ) from error
-    facts = {label: str(field.contents()) for label, key in SHOWN.items() if (field := reader.get_field(key))}
+        facts = {label: str(field.contents()) for label, key in SHOWN.items() if (field := reader.get_field(key))}
     architecture = facts.get("architecture", "")
     return Source(
         format="gguf",
@@ -64,9 +57,9 @@ def _entry(tensor: Any, path: Path) -> TensorEntry:
         bits, read = LINEAR_TYPES[kind]
         data = np.asarray(tensor.data)
         codes, scales, mins = read(data.reshape(-1, data.shape[-1]))
-        if not np.isfinite(scales).all():
+        if not np.isfinite(scales).all() or (mins is not None and not np.isfinite(mins).all()):
             raise UsageError(
-                "a block has a NaN or infinite scale", where=f"{path}: {tensor.name}", remedy="copy it again"
+                "a block has a NaN or infinite scale or min", where=f"{path}: {tensor.name}", remedy="copy it again"
             )
         zero = "none"
         if mins is not None:

@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 
 from exporters.inspect.facts import GridValues, Source, TensorEntry
 from exporters.inspect.runtimes import of_onnx
+from exporters.onnx.external import load_model, tensor_bits, with_data
 from l4q.bitpack import unpack_codes
 from l4q.errors import UsageError
+from l4q.guards import foreign
 
 # element type of codes -> (bits, added to make a stored value an unsigned code)
 CODE_TYPES = {"UINT4": (4, 0), "INT4": (4, 8), "UINT8": (8, 0), "INT8": (8, 128)}
-BITS_OF = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "INT64": 64, "INT32": 32, "INT16": 16}
-BITS_OF |= {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "BOOL": 8, "UINT2": 2, "INT2": 2}
 
 
 def open_source(path: Path) -> Source:
@@ -30,13 +28,11 @@ def open_source(path: Path) -> Source:
     Raises:
         UsageError: It is no ONNX model.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError, RuntimeError) as error:
-        raise UsageError("not an ONNX model", where=path, got=error, remedy="copy it again") from error
+    model = load_model(path, "not an ONNX model", remedy="copy it again")
     if not model.graph.node:
         raise UsageError("the ONNX model has no nodes", where=path, remedy="copy it again")
-    reader = _Reader(model, path)
+    with foreign("the ONNX model's nodes cannot be read", where=path):
+        entries = _Reader(model, path).entries()
     operators = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
     opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}
     facts = {
@@ -48,7 +44,7 @@ def open_source(path: Path) -> Source:
         format="onnx",
         title="ONNX model",
         facts=facts | {entry.key: entry.value for entry in model.metadata_props if len(entry.value) < 60},
-        entries=reader.entries(),
+        entries=entries,
         runtimes=lambda _: of_onnx(opsets, operators),
     )
 
@@ -82,6 +78,10 @@ class _Reader:
         attributes = _attributes(node)
 
         def values() -> GridValues:
+            with foreign("a quantized weight cannot be decoded", where=f"{self.path}: {codes.name}"):
+                return decode()
+
+        def decode() -> GridValues:
             bits, raised = CODE_TYPES[kind]
             stored = self._array(codes.name).astype(np.int16) + raised
             scales = self._array(names[1])
@@ -110,6 +110,10 @@ class _Reader:
         size = int(attributes["block_size"])
 
         def values() -> GridValues:
+            with foreign("a quantized weight cannot be decoded", where=f"{self.path}: {names[1]}"):
+                return decode()
+
+        def decode() -> GridValues:
             packed = self._array(names[1]).reshape(rows, -1)  # [N, blocks * block_size * bits / 8]
             codes = packed if bits == 8 else unpack_codes(packed, packed.shape[1] * 8 // bits, bits)
             return GridValues(
@@ -137,26 +141,14 @@ class _Reader:
 
     def _nbytes(self, name: str) -> int:
         tensor = self._tensors[name]
-        bits: int = math.prod(tensor.dims) * BITS_OF.get(_type(tensor), 8)
-        return -(-bits // 8)
+        return -(-tensor_bits(tensor) // 8)
 
     def _array(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         """An initializer's values, from the file beside the model if they lie there."""
-        copy = onnx.TensorProto()
-        copy.CopyFrom(self._tensors[name])
-        try:
-            if copy.data_location == onnx.TensorProto.EXTERNAL:
-                load_external_data_for_tensor(copy, str(self.path.parent))
-                copy.ClearField("external_data")
-                copy.data_location = onnx.TensorProto.DEFAULT
+        what, remedy = "a tensor's data cannot be read", "copy the whole folder"
+        copy = with_data(self._tensors[name], self.path, what, remedy=remedy)
+        with foreign(what, where=f"{self.path}: {name}", remedy=remedy):
             return np.asarray(numpy_helper.to_array(copy))
-        except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as error:
-            raise UsageError(
-                "a tensor's data cannot be read",
-                where=f"{self.path}: {name}",
-                got=error,
-                remedy="copy the whole folder",
-            ) from error
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 from onnx.reference import ReferenceEvaluator
 
-from l4q.errors import UsageError
+from exporters.onnx.external import load_model, with_data
 from l4q.weight import F32
 
 WEIGHT_SUFFIX = ".weight"
 BIAS_SUFFIX = ".group_bias"
+UNREADABLE = "external data cannot be read"
+AGAIN = "export again"
 
 
 def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
@@ -25,7 +26,7 @@ def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tup
         UsageError: model.onnx or its data is missing or damaged.
     """
     path = folder / "model.onnx"
-    model = _load(path)
+    model = load_model(path, "model.onnx cannot be read", remedy=AGAIN)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
     for node in model.graph.node:
@@ -36,7 +37,7 @@ def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tup
             nodes = [*(casts[name] for name in node.input if name in casts), node]
             sources = [casts[name].input[0] if name in casts else name for name in node.input]
             names = [*sources, *(name for name in (module + BIAS_SUFFIX,) if name in tensors)]
-            parts = [_with_data(tensors[name], path) for name in names]
+            parts = [with_data(tensors[name], path, UNREADABLE, remedy=AGAIN) for name in names]
             yield module, np.ascontiguousarray(_evaluate(nodes, parts, model).T)
 
 
@@ -72,26 +73,3 @@ def _add_group_bias(weight: str, dims: list[int], bias: onnx.TensorProto) -> lis
         helper.make_node("Add", ["grouped", "spread"], ["shifted"]),
         helper.make_node("Reshape", ["shifted", "flat_shape"], ["weight"]),
     ]
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path, load_external_data=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError("model.onnx cannot be read", where=path, got=error, remedy="export again") from error
-
-
-def _with_data(tensor: onnx.TensorProto, path: Path) -> onnx.TensorProto:
-    """A copy of the tensor that holds its bytes, so that one weight is in memory at a time."""
-    copy = onnx.TensorProto()
-    copy.CopyFrom(tensor)
-    if copy.data_location == onnx.TensorProto.EXTERNAL:
-        try:
-            load_external_data_for_tensor(copy, str(path.parent))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise UsageError(
-                "external data cannot be read", where=f"{path}: {tensor.name}", got=error, remedy="export again"
-            ) from error
-        copy.ClearField("external_data")
-        copy.data_location = onnx.TensorProto.DEFAULT
-    return copy

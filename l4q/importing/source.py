@@ -15,6 +15,8 @@ from torch import nn
 
 from l4q.errors import UnsupportedError, UsageError
 from l4q.files import find_side_files, portable_tokenizer_config
+from l4q.guards import foreign
+from l4q.model_folder import check_size, read_config, refuse_code
 from l4q.starts import open_start
 from l4q.starts.gguf import GgufStart
 from l4q.starts.grid import LinearGrid
@@ -91,7 +93,7 @@ class Source:
             content: dict[str, Any] = {**self._model.config.to_dict(), "_name_or_path": self.path.stem}
             content.pop("_model_name_or_path", None)  # the file's general.name, neither a path nor a model id
         else:
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            content = read_config(folder)
         content["architectures"] = [type(self._model).__name__]
         return {key: value for key, value in content.items() if key != "quantization_config"}
 
@@ -207,15 +209,23 @@ def _skeleton(start: PretrainedStart, settings: Path | None) -> Any:
     """
     import transformers
 
-    config = start.config() if settings is None else transformers.AutoConfig.from_pretrained(settings)
-    vars(config).pop("quantization_config", None)
-    try:
+    with foreign(
+        "transformers knows no causal language model for this config",
+        where=settings or start.path,
+        expected="an architecture of AutoModelForCausalLM",
+        remedy=None,
+        kind=UnsupportedError,
+    ):
+        config = start.config() if settings is None else _settings_config(settings)
+        vars(config).pop("quantization_config", None)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedError(
-            "transformers knows no causal language model for this config",
-            where=settings or start.path,
-            got=str(error).splitlines()[0],
-            expected="an architecture of AutoModelForCausalLM",
-        ) from error
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        check_size(model, start.path)
+        return model
+
+
+def _settings_config(folder: Path) -> Any:
+    import transformers
+
+    refuse_code(read_config(folder), folder / "config.json")
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

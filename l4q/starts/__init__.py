@@ -14,11 +14,11 @@ A hub id is the folder that the hub's cache keeps of it.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4q.errors import UnsupportedError, UsageError
+from l4q.model_folder import is_pickle, pickle_error, read_config, refuse_code
 from l4q.starts.hub import hub_config, hub_folder
 
 if TYPE_CHECKING:
@@ -45,10 +45,14 @@ def open_start(model: str) -> PretrainedStart | None:
         from l4q.starts.gguf import GgufStart
 
         return GgufStart.open(path)
+    if is_pickle(path):
+        raise pickle_error(path, path.name)
     config = None if path.is_dir() else hub_config(model)
     section = quantization_section(path if config is None else config.parent)
     if section is None:
         return None
+    if config is None:
+        refuse_code(read_config(path), path / "config.json")
     method = str(section.get("quant_method"))
     if method not in DECODERS:
         raise UnsupportedError(
@@ -73,8 +77,9 @@ def quantization_section(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        section = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError("config.json cannot be read", where=path, got=error, expected="a JSON object") from error
-    return section if isinstance(section, dict) else None
+    section = read_config(folder).get("quantization_config")
+    if section is not None and not isinstance(section, dict):
+        raise UsageError(
+            "quantization_config is not a JSON object", where=path, got=type(section).__name__, expected="an object"
+        )
+    return section

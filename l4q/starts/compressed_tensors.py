@@ -7,7 +7,6 @@ z = 2**(b-1) if symmetric. 3-bit words are dense, as compressed-tensors >= 0.18 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from l4q.errors import UnsupportedError, UsageError
 from l4q.starts.folder import check_divides, group_order, need
 from l4q.starts.grid import GRID_BITS, LinearGrid
+from l4q.starts.patterns import matches_pattern
 from l4q.starts.stream import unpack_words
 
 FORMAT = "compressed-tensors"
@@ -80,7 +80,7 @@ def scheme(module: str, section: dict[str, Any], where: str) -> dict[str, Any]:
     general: dict[str, Any] | None = None
     for group in section["config_groups"].values():
         for target in group.get("targets", ()):
-            named = re.match(target[3:], module) if target.startswith("re:") else module == target
+            named = matches_pattern(target[3:], module, where) if target.startswith("re:") else module == target
             if named:
                 return dict(group["weights"])
             if target == "Linear":

@@ -9,8 +9,12 @@ import torch
 
 from l4q.checkpoint import natural_order
 from l4q.errors import UnsupportedError, UsageError
+from l4q.finite import require_finite
+from l4q.guards import foreign
+from l4q.model_folder import CONFIG_NAME, check_config, check_size, read_config
 from l4q.shards import ShardReader
 from l4q.starts.grid import LinearGrid
+from l4q.tokenizers import read_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 ACTIVATION_ORDER = "activation order: its groups are not runs of neighbouring columns"
@@ -56,8 +60,11 @@ class FolderStart:
             UsageError: A file is missing or damaged, or no module is quantized.
             UnsupportedError: A variant of the format that cannot be read.
         """
-        decoder.check(section, f"{path}/config.json")
-        start = cls(path, section, decoder, ShardReader.open(path))
+        with foreign("the quantization config cannot be read", where=path / CONFIG_NAME):
+            decoder.check(section, f"{path}/{CONFIG_NAME}")
+        shards = ShardReader.open(path)
+        check_config(read_config(path), path / CONFIG_NAME, tensors=len(shards.names))
+        start = cls(path, section, decoder, shards)
         start.name = name or start.name
         if not start._modules:
             raise UsageError(
@@ -95,20 +102,23 @@ class FolderStart:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One of `names`, in its stored dtype."""
-        return self._shards.tensor(name)
+        return require_finite(self._shards.tensor(name), f"{self.path}: {name}")
 
     def config(self) -> Any:
         """The transformers config, of the model without quantization."""
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(self.path)
+        with foreign("transformers cannot read config.json", where=self.path):
+            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         vars(config).pop("quantization_config", None)
         return config
 
     def _decode(self, module: str) -> LinearGrid:
         names = {part: f"{module}.{part}" for part in self._decoder.PARTS}
         parts = {part: self._shards.tensor(name) for part, name in names.items() if name in self._shards.names}
-        return self._decoder.decode(module, parts, self._section, f"{self.path}: {module}")
+        where = f"{self.path}: {module}"
+        with foreign("the tensors of a quantized module do not fit together", where=where):
+            return self._decoder.decode(module, parts, self._section, where)
 
     def load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """The model with dequantized weights in `dtype`, and its tokenizer.
@@ -128,9 +138,12 @@ class FolderStart:
                 got=type(config).__name__,
                 expected="an architecture of AutoModelForCausalLM",
             )
-        model, info = architecture.from_pretrained(
-            None, config=config, state_dict=self._state(dtype), dtype=dtype, output_loading_info=True
-        )
+        with foreign("transformers cannot build this model", where=self.path, kind=UnsupportedError):
+            with torch.device("meta"):
+                check_size(architecture(config), self.path)
+            model, info = architecture.from_pretrained(
+                None, config=config, state_dict=self._state(dtype), dtype=dtype, output_loading_info=True
+            )
         wrong = {key: sorted(map(str, names))[:5] for key, names in info.items() if names}
         if wrong:
             raise UsageError(
@@ -141,7 +154,7 @@ class FolderStart:
                 remedy="copy the whole folder again; fused or renamed layers cannot be read",
             )
         model.config.name_or_path = self.name
-        return model, transformers.AutoTokenizer.from_pretrained(self.path)
+        return model, read_tokenizer(self.path)
 
     def _state(self, dtype: torch.dtype) -> Tensors:
         """Every tensor of the model, dequantized, under its Hugging Face name."""
@@ -193,11 +206,11 @@ def group_order(g_idx: torch.Tensor | None, columns: int, groups: int, where: st
     if g_idx is None:
         return None
     order = g_idx.to(torch.int64)
-    if order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= groups:
+    if order.numel() == 0 or order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= groups:
         raise UsageError(
             "g_idx does not give every column a group",
             where=f"{where}.g_idx",
-            got=f"{list(order.shape)}, groups {int(order.min())} to {int(order.max())}",
+            got=f"{list(order.shape)}, groups {order.unique()[[0, -1]].tolist() if order.numel() else []}",
             expected=f"[{columns}], groups 0 to {groups - 1}",
             remedy="the tensors are damaged or do not belong together",
         )

@@ -19,12 +19,14 @@ import numpy.typing as npt
 import torch
 
 from l4q.errors import UnsupportedError, UsageError
+from l4q.finite import require_finite
+from l4q.guards import foreign
+from l4q.model_folder import check_size
 from l4q.starts.gguf_blocks import LINEAR_TYPES, integer_points
+from l4q.starts.gguf_header import check_gguf
 from l4q.starts.grid import LinearGrid
 
 log = logging.getLogger(__name__)
-
-MAGIC = b"GGUF"
 
 # types without blocks -> how they are kept in a checkpoint
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -55,20 +57,10 @@ class GgufStart:
         Raises:
             UsageError: It is missing or damaged.
         """
-        try:
-            with path.open("rb") as file:
-                magic = file.read(len(MAGIC))
-        except OSError as error:
-            raise UsageError("the GGUF file cannot be read", where=path, got=error) from error
-        if magic != MAGIC:
-            raise UsageError("not a GGUF file", where=path, got=magic, expected=MAGIC)
+        check_gguf(path)
         start = cls(path)
-        try:
+        with foreign("the GGUF file is truncated or damaged", where=path):
             _ = start._tensors
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise UsageError(
-                "the GGUF file is truncated or damaged", where=path, got=error, remedy="copy it again"
-            ) from error
         return start
 
     def load(self, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -80,6 +72,7 @@ class GgufStart:
         """
         from transformers import AutoModelForCausalLM
 
+        self._check_size()
         with self._readable():
             loaded = AutoModelForCausalLM.from_pretrained(**self._place, dtype=dtype, output_loading_info=True)
         model, info = loaded
@@ -179,16 +172,22 @@ class GgufStart:
     @contextmanager
     def _readable(self) -> Iterator[None]:
         """Make what transformers raises about the file an error of ours."""
-        try:
+        with foreign(
+            "transformers cannot load this GGUF file",
+            where=self.path,
+            expected="a causal language model with its tokenizer",
+            remedy="start from the Hugging Face folder it was made from",
+            kind=UnsupportedError,
+        ):
             yield
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise UnsupportedError(
-                "transformers cannot load this GGUF file",
-                where=self.path,
-                got=str(error).splitlines()[0],
-                expected="a causal language model with its tokenizer",
-                remedy="start from the Hugging Face folder it was made from",
-            ) from error
+
+    def _check_size(self) -> None:
+        """Refuse metadata that describes a model far larger than the file."""
+        from transformers import AutoModelForCausalLM
+
+        config = self.config()
+        with self._readable(), torch.device("meta"):
+            check_size(AutoModelForCausalLM.from_config(config), self.path)
 
     def _type(self, target: str) -> str:
         return str(self._tensors[target].tensor_type.name)
@@ -198,7 +197,9 @@ class GgufStart:
         from gguf.quants import dequantize
 
         tensor = self._tensors[self._names[name]]
-        return self._hf_rows(dequantize(tensor.data, tensor.tensor_type), tensor.name)
+        where = f"{self.path}: {tensor.name}"
+        with foreign("a tensor cannot be dequantized", where=where):
+            return require_finite(self._hf_rows(dequantize(tensor.data, tensor.tensor_type), tensor.name), where)
 
     @cached_property
     def _reader(self) -> Any:

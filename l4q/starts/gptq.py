@@ -7,7 +7,6 @@ convention (some writers label v2 zero-points v1), but must be one of the two.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from l4q.errors import UnsupportedError, UsageError
 from l4q.starts.folder import check_divides, group_order, need
 from l4q.starts.grid import GRID_BITS, LinearGrid
+from l4q.starts.patterns import matches_pattern
 from l4q.starts.stream import unpack_words
 
 FORMAT = "gptq"
@@ -45,9 +45,11 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
         UnsupportedError: A number of bits that is not read.
     """
     need(parts, ("qweight", "scales"), where)
-    options = {**section, **_override(module, section)}
-    bits, symmetric = int(options.get("bits", 0)), bool(options.get("sym", True))
-    if bits not in GRID_BITS:
+    options = {**section, **_override(module, section, where)}
+    bits, symmetric = options.get("bits", 0), options.get("sym", True)
+    if type(symmetric) is not bool:
+        raise UsageError("sym is neither true nor false", where=where, got=repr(symmetric), expected="true or false")
+    if type(bits) is not int or bits not in GRID_BITS:
         raise UnsupportedError("unsupported bits", where=where, got=bits, expected=f"one of {GRID_BITS}")
     groups, rows = parts["scales"].shape
     columns = parts["g_idx"].shape[0] if "g_idx" in parts else parts["qweight"].shape[0] * 32 // bits
@@ -73,9 +75,9 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
     return LinearGrid.build(codes, parts["scales"].T.contiguous(), zeros, bits=bits, where=where, order=order)
 
 
-def _override(module: str, section: dict[str, Any]) -> dict[str, Any]:
+def _override(module: str, section: dict[str, Any], where: str) -> dict[str, Any]:
     """GPTQModel's per-module options: {"+:regex": {...}}; the first pattern that matches wins."""
     for pattern, options in (section.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+        if not pattern.startswith("-:") and matches_pattern(pattern.removeprefix("+:"), module, where):
             return dict(options)
     return {}

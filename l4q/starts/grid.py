@@ -78,6 +78,8 @@ class LinearGrid:
             good = part is None or part.shape == scales.shape
             _check(good, where, label, None if part is None else list(part.shape), list(scales.shape))
         for label, part in (("scales", scales), ("mins", mins)):
+            floats = part is None or part.is_floating_point()
+            _check(floats, where, label, None if part is None else part.dtype, "floating-point numbers")
             good = part is None or bool(torch.isfinite(part).all())
             _check(good, where, label, "NaN or infinite values", "finite numbers")
         if order is not None:

@@ -1,0 +1,88 @@
+"""Every attack: which good folder it damages, how, and which entries must refuse the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime_tests.attacks import configs, gguf_files, onnx_files, safetensors_files, starts, training, values
+from runtime_tests.attacks.edit import Change
+from runtime_tests.attacks.entries import EXPORTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One damaged folder."""
+
+    area: str
+    name: str
+    base: str
+    """A key of `bases.build_bases`."""
+    change: Change
+    entries: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    """Further arguments of l4q-train."""
+
+    @property
+    def label(self) -> str:
+        """Name in test reports."""
+        return f"{self.area}: {self.name}"
+
+
+L4Q = ("read", "inspect", *EXPORTS)
+DENSE = ("inspect", "train")
+START = ("inspect", "import", "train")
+
+
+def _table(area: str, base: str, changes: dict[str, Change], entries: tuple[str, ...]) -> list[Attack]:
+    return [Attack(area=area, name=name, base=base, change=change, entries=entries) for name, change in changes.items()]
+
+
+def _only(changes: dict[str, Change], wanted: Callable[[str], bool]) -> dict[str, Change]:
+    return {name: change for name, change in changes.items() if wanted(name)}
+
+
+def _nothing(folder: Path) -> None:
+    """The attack is in the arguments."""
+
+
+# config.json of a dense folder says nothing that l4q-inspect reads beyond its JSON and its limits
+ATTACKS: tuple[Attack, ...] = (
+    *_table("checkpoint header", "l4q", safetensors_files.HEADERS, L4Q),
+    *_table("checkpoint index", "l4q", safetensors_files.INDEXES, L4Q),
+    *_table("checkpoint config", "l4q", configs.CONFIGS, L4Q),
+    *_table("checkpoint section", "l4q", configs.SECTIONS, ("read", *EXPORTS)),
+    *_table("checkpoint values", "l4q", values.VALUES, ("read", *EXPORTS)),
+    *_table("checkpoint tokenizer", "l4q", configs.TOKENIZERS, ("export gguf",)),
+    *_table("model header", "dense", safetensors_files.HEADERS, DENSE),
+    *_table("model index", "dense", safetensors_files.INDEXES, DENSE),
+    *_table("model config", "dense", configs.CONFIGS, ("train",)),
+    *_table("model tokenizer", "dense", configs.TOKENIZERS, ("train",)),
+    *_table("model code", "dense", configs.CODE, ("train",)),
+    *_table("start code", "gptq", configs.CODE, ("train", "import")),
+    *_table("gptq header", "gptq", safetensors_files.HEADERS, ("import", "verify gptq")),
+    *_table("gptq", "gptq", starts.GPTQ, ("import", "train")),
+    *_table("awq", "awq", starts.AWQ, ("import", "train")),
+    *_table("compressed-tensors", "compressed-tensors", starts.CT, ("import", "train")),
+    *_table("gguf", "gguf", gguf_files.GGUF, ("inspect", "import", "train", "verify gguf")),
+    *_table("gguf model", "gguf", gguf_files.GGUF_MODELS, ("import", "train")),
+    *_table("onnx", "onnx", onnx_files.ONNX, ("inspect", "verify onnx")),
+    *_table("training data", "data", training.DATA, ("data",)),
+    *(
+        Attack(area="options", name=name, base="dense", change=_nothing, entries=("train",), flags=flags)
+        for name, flags in training.OPTIONS.items()
+    ),
+)
+
+# The same entries on undamaged folders, which they must accept: otherwise a refusal would prove nothing.
+GOOD: tuple[tuple[str, str], ...] = (
+    *(("l4q", entry) for entry in L4Q if entry != "export gptq"),  # whose loader in vLLM wants symmetric weights
+    ("none", "export gptq"),
+    *(("dense", entry) for entry in DENSE),
+    *((name, "import") for name in ("gptq", "awq", "compressed-tensors", "gguf")),
+    *((name, f"verify {name}") for name in ("gptq", "awq", "compressed-tensors", "gguf", "onnx")),
+    *((name, "inspect") for name in ("gptq", "awq", "compressed-tensors", "gguf", "onnx")),
+    ("gptq", "train"),
+    ("gguf", "train"),
+)
