@@ -183,8 +183,10 @@ def test_the_last_line(tmp_path: Path, smollm2_dir: Path) -> None:
 
 def test_ratios_are_of_medians() -> None:
     """By hand: 2 s against 0.5 s of cp, and a peer that needs 1 s for a tenth of the weights."""
-    sizes = {"nbytes": 1, "private": 0, "synced_seconds": 4.0}
-    exports = [ExportCost(seconds=s, peak=p * MIB, **sizes) for s, p in ((2.0, 5), (1.0, 7), (9.0, 6))]
+    exports = [
+        ExportCost(seconds=seconds, synced_seconds=9.0, nbytes=1, peak=peak * MIB, private=0)
+        for seconds, peak in ((2.0, 5), (1.0, 7), (9.0, 6))
+    ]
     peer = [PeerCost(seconds=1.0, weights=MODEL.linear_weights // 10)]
     costs = FormatCosts(exports=exports, copies=[(0.5, 1.0)], peers={"other": peer})
     assert summary(costs, MODEL) == {"wall_vs_cp": 4.0, "peak_mib": 7.0, "speedup_vs": {"other": 5.0}}

@@ -40,7 +40,7 @@ from tools.bench_export_report import FormatCosts, export_table, machine, peer_t
 
 FORMATS = tuple(EXPORTERS)
 WARM_UP = "tiny"
-PEER_LAYERS = {"tiny": 2, "smollm2": 30, "llama-1b": 4, "llama-7b": 1}
+PEER_LAYERS = {"tiny": 2, "smollm2": 30, "llama-1b": 4, "llama-7b": 2}
 QUICK_PEER_LAYERS = 3
 
 
@@ -65,7 +65,9 @@ def measure(settings: Settings, progress: Callable[[str], None]) -> dict[str, Fo
     costs = {name: FormatCosts() for name in settings.formats}
     with ExitStack() as stack:
         exporters = {name: stack.enter_context(Worker()) for name in settings.formats}
-        peers = [(peer, stack.enter_context(_peer_worker(peer, settings.build))) for peer in settings.peers]
+        places = {(peer.folder, peer.environment) for peer in settings.peers}
+        workers = {place: stack.enter_context(_peer_worker(*place, settings.build)) for place in places}
+        peers = [(peer, workers[peer.folder, peer.environment]) for peer in settings.peers]
         for name, worker in exporters.items():
             worker.ask(export_once, settings.warm_up, name, settings.scratch / "warm", check=settings.verify)
             progress(f"{name}: imports")
@@ -97,8 +99,8 @@ def _one_round(settings: Settings, name: str, worker: Worker, costs: FormatCosts
     shutil.rmtree(out)
 
 
-def _peer_worker(peer: Peer, build: Path) -> Worker:
-    return Worker(None if peer.folder is None else build / peer.folder, peer.environment)
+def _peer_worker(folder: str | None, environment: tuple[tuple[str, str], ...], build: Path) -> Worker:
+    return Worker(None if folder is None else build / folder, environment)
 
 
 def available_peers(formats: tuple[str, ...], build: Path, *, quick: bool) -> tuple[list[Peer], list[Peer]]:

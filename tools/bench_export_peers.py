@@ -8,9 +8,7 @@ from folders of their own (tools.fetch_judges, tools.fetch_peers).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,28 +18,19 @@ import numpy as np
 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.weight import QuantizedWeight
+from tools.bench_export_autoround import (
+    autoround_gguf,
+    autoround_gguf_command,
+    autoround_gptq,
+    autoround_gptq_command,
+)
+from tools.bench_export_sample import GGUF_TYPE, Clock, Sample, float_linear, save_tensors, write_gguf
 
-Modules = Iterable[tuple[str, QuantizedWeight]]
-GGUF_TYPE = "Q4_0"
 V1_OFFSET = 0x11111111
 """GPTQModel packs z and stores z - 1 in eight 4-bit fields (utils/model.py, convert_gptq_v2_to_v1_format_module)."""
 
 
-class Clock:
-    """Adds up the seconds spent inside its blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count what happens inside."""
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
-
-
-PeerWork = Callable[[Modules, Path, Clock], None]
+PeerWork = Callable[[Sample, Path, Clock], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,52 +48,34 @@ class Peer:
     """Whether --quick measures it."""
 
 
-def _float(weight: QuantizedWeight) -> tuple[Any, Any, Any]:
-    """What packers start from: a Linear of float32 weights, float32 scales and zero-points [out, groups]."""
-    import torch
-
-    linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(torch.from_numpy(weight.dequantize()), requires_grad=False)
-    scales = torch.from_numpy(weight.scales.astype(np.float32))
-    zeros = torch.from_numpy(weight.integer_zeros().astype(np.float32))
-    return linear, scales, zeros
-
-
-def _save(tensors: Mapping[str, Any], out: Path, clock: Clock) -> None:
-    from safetensors.torch import save_file
-
-    with clock.running():
-        save_file(dict(tensors), out / "model.safetensors")
-
-
-def gptqmodel_gptq(modules: Modules, out: Path, clock: Clock) -> None:
+def gptqmodel_gptq(sample: Sample, out: Path, clock: Clock) -> None:
     """GPTQModel's packer, `pack_block`: its choice on a CPU (utils/model.py, _auto_pack_impl)."""
     import torch
 
     tensors: dict[str, Any] = {}
-    for module, weight in modules:
-        linear, scales, zeros = _float(weight)
+    for module, weight in sample:
+        linear, scales, zeros = float_linear(weight)
         layer = _gptqmodel_layer("torch", "TorchLinear", weight)
         with clock.running(), torch.inference_mode():
             group_index = torch.arange(weight.shape[1], dtype=torch.int32) // weight.group_size
             layer.pack_block(linear=linear, scales=scales, zeros=zeros.to(torch.int32), g_idx=group_index)
             layer.qzeros -= V1_OFFSET
             tensors |= {f"{module}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    _save(tensors, out, clock)
+    save_tensors(tensors, out, clock)
 
 
-def gptqmodel_awq(modules: Modules, out: Path, clock: Clock) -> None:
+def gptqmodel_awq(sample: Sample, out: Path, clock: Clock) -> None:
     """GPTQModel's AWQ packer in torch; the others need CUDA."""
     import torch
 
     tensors: dict[str, Any] = {}
-    for module, weight in modules:
-        linear, scales, zeros = _float(weight)
+    for module, weight in sample:
+        linear, scales, zeros = float_linear(weight)
         layer = _gptqmodel_layer("torch_awq", "AwqTorchLinear", weight)
         with clock.running(), torch.inference_mode():
             layer.pack(linear=linear, scales=scales, zeros=zeros)
             tensors |= {f"{module}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    _save(tensors, out, clock)
+    save_tensors(tensors, out, clock)
 
 
 def _gptqmodel_layer(file: str, name: str, weight: QuantizedWeight) -> Any:
@@ -121,71 +92,30 @@ def _gptqmodel_layer(file: str, name: str, weight: QuantizedWeight) -> Any:
     )
 
 
-def autoround_gptq(modules: Modules, out: Path, clock: Clock) -> None:
-    """auto-round's GPTQ packer, as its export_to_autogptq calls it on symmetric layers."""
-    import torch
-
-    kind = import_module("auto_round_extension.torch.qlinear_torch_zp").QuantLinear
-    tensors: dict[str, Any] = {}
-    for module, weight in modules:
-        linear, scales, zeros = _float(weight)
-        with clock.running(), torch.inference_mode():
-            layer = kind(weight.bits, weight.group_size, *reversed(weight.shape), False, g_idx=True)
-            layer.pack(linear, scales, int(zeros[0, 0]), None, "cpu")
-            tensors |= {f"{module}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    _save(tensors, out, clock)
-
-
-def autoround_gguf(modules: Modules, out: Path, clock: Clock) -> None:
-    """auto-round's Q4_0 packer with gguf-py's writer."""
-    import torch
-
-    ggml_quant = import_module("auto_round.export.export_to_gguf.packing").ggml_quant
-
-    def quantize(weight: QuantizedWeight) -> np.ndarray:
-        return np.asarray(ggml_quant(torch.from_numpy(weight.dequantize()), GGUF_TYPE.lower(), device="cpu"))
-
-    _write_gguf(modules, out, clock, quantize)
-
-
-def gguf_py(modules: Modules, out: Path, clock: Clock) -> None:
+def gguf_py(sample: Sample, out: Path, clock: Clock) -> None:
     """Dequantize, then gguf-py's `quantize` and writer."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[GGUF_TYPE]
-    _write_gguf(modules, out, clock, lambda weight: gguf.quantize(weight.dequantize(), kind))
+    write_gguf(sample, out, clock, lambda weight: gguf.quantize(weight.dequantize(), kind))
 
 
-def llama_cpp(modules: Modules, out: Path, clock: Clock) -> None:
+def llama_cpp(sample: Sample, out: Path, clock: Clock) -> None:
     """Dequantize, then llama.cpp's own quantizer in C, and gguf-py's writer."""
     from runtime_tests.engines.ggml_rows import quantize_rows
 
-    _write_gguf(modules, out, clock, lambda weight: quantize_rows(weight.dequantize(), GGUF_TYPE))
+    write_gguf(sample, out, clock, lambda weight: quantize_rows(weight.dequantize(), GGUF_TYPE))
 
 
-def _write_gguf(modules: Modules, out: Path, clock: Clock, quantize: Callable[[QuantizedWeight], np.ndarray]) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(out / "model.gguf", "llama")
-    for module, weight in modules:
-        with clock.running():
-            writer.add_tensor(module, quantize(weight), raw_dtype=gguf.GGMLQuantizationType[GGUF_TYPE])
-    with clock.running():
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def compressed_tensors(modules: Modules, out: Path, clock: Clock) -> None:
+def compressed_tensors(sample: Sample, out: Path, clock: Clock) -> None:
     """compressed-tensors' own compressor (quantize and pack), as llm-compressor calls it."""
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     tensors: dict[str, Any] = {}
-    for module, weight in modules:
-        linear, scales, _ = _float(weight)
+    for module, weight in sample:
+        linear, scales, _ = float_linear(weight)
         arguments = QuantizationArgs(
             num_bits=weight.bits, type="int", strategy="group", group_size=weight.group_size, symmetric=True
         )
@@ -195,14 +125,14 @@ def compressed_tensors(modules: Modules, out: Path, clock: Clock) -> None:
             packed = PackedQuantizationCompressor.compress(state, scheme)
             packed["weight_scale"] = scales.half()
             tensors |= {f"{module}.{name}": tensor for name, tensor in packed.items() if tensor is not None}
-    _save(tensors, out, clock)
+    save_tensors(tensors, out, clock)
 
 
-def onnxruntime_nbits(modules: Modules, out: Path, clock: Clock) -> None:
+def onnxruntime_nbits(sample: Sample, out: Path, clock: Clock) -> None:
     """ONNX Runtime's MatMulNBits quantizer on float32 graphs of one MatMul each, which it has to hold in memory."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    for module, weight in modules:
+    for module, weight in sample:
         model = _matmul(module, weight)
         with clock.running():
             config = DefaultWeightOnlyQuantConfig(block_size=weight.group_size, is_symmetric=True, bits=weight.bits)
@@ -233,11 +163,25 @@ PEERS: tuple[Peer, ...] = (
     Peer(format="gptq", name="gptqmodel", work=gptqmodel_gptq, folder=JUDGE, environment=PYTHON_ONLY),
     Peer(format="gptq", name="gptqmodel-native", work=gptqmodel_gptq, folder=JUDGE, quick=False),
     Peer(format="gptq", name="auto-round", work=autoround_gptq, folder=AUTOROUND),
-    Peer(format="awq", name="gptqmodel", work=gptqmodel_awq, folder=JUDGE),
+    Peer(
+        format="gptq",
+        name="auto-round-iters0",
+        work=autoround_gptq_command,
+        folder=AUTOROUND,
+        quick=False,
+    ),
+    Peer(format="awq", name="gptqmodel", work=gptqmodel_awq, folder=JUDGE, environment=PYTHON_ONLY),
     Peer(format="compressed-tensors", name="compressed-tensors", work=compressed_tensors),
     Peer(format="gguf", name="gguf-py", work=gguf_py),
     Peer(format="gguf", name="llama.cpp", work=llama_cpp),
     Peer(format="gguf", name="auto-round", work=autoround_gguf, folder=AUTOROUND),
+    Peer(
+        format="gguf",
+        name="auto-round-iters0",
+        work=autoround_gguf_command,
+        folder=AUTOROUND,
+        quick=False,
+    ),
     Peer(format="onnx", name="onnxruntime", work=onnxruntime_nbits),
 )
 """gptqmodel packs with a C++ extension that it compiles on first use ("-native"), in Python where it cannot."""
@@ -245,14 +189,6 @@ PEERS: tuple[Peer, ...] = (
 
 def run_peer(peer: Peer, checkpoint: L4QCheckpoint, modules: list[str], out: Path) -> tuple[float, int]:
     """Let a peer write modules into an empty folder; (seconds, weights)."""
-    clock, weights = Clock(), 0
-
-    def read() -> Iterator[tuple[str, QuantizedWeight]]:
-        nonlocal weights
-        for module in modules:
-            weight = checkpoint.quantized(module)
-            weights += weight.codes.size
-            yield module, weight
-
-    peer.work(read(), out, clock)
-    return clock.seconds, weights
+    clock, sample = Clock(), Sample(checkpoint, modules)
+    peer.work(sample, out, clock)
+    return clock.seconds, sample.weights
