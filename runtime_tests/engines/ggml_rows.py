@@ -14,9 +14,17 @@ from runtime_tests.engines.llama_capi import PINNED_VERSION, LlamaError
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-TYPES: Final = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q3_K": 11, "Q4_K": 12}
+TYPES: Final = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "Q3_K": 11, "Q4_K": 12, "Q6_K": 14}
 """ggml_type."""
-SIZES: Final = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q3_K": (256, 110), "Q4_K": (256, 144)}
+SIZES: Final = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q8_0": (32, 34),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q6_K": (256, 210),
+}
 """(columns, bytes) of a block."""
 
 
