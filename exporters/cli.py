@@ -14,9 +14,21 @@ from l4q.cli_common import SpreadCommand, run
 FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 
 
+class ExportCommand(SpreadCommand):
+    """Offers the formats that other packages bring beside our own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Complete the choices of --to, then parse as usual."""
+        from exporters.plugins import plugin_formats
+
+        to = next(parameter for parameter in self.params if parameter.name == "formats")
+        to.type = click.Choice(tuple(dict.fromkeys((*FORMATS, *plugin_formats()))))
+        return super().parse_args(ctx, args)
+
+
 @click.command(
     name="export",
-    cls=SpreadCommand,
+    cls=ExportCommand,
     epilog="Example: l4q-export RUN/checkpoint --to gptq gguf onnx --out exports",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
