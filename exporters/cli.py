@@ -81,6 +81,12 @@ class ExportCommand(SpreadCommand):
     "--tensor-parallel", type=click.IntRange(1), default=1, show_default=True,
     help="Check that GPTQ, AWQ and compressed-tensors survive vLLM's split over this many ranks.",
 )  # fmt: skip
+@click.option(
+    "--push-to-hub", metavar="USER/NAME",
+    help="Upload what was exported to the Hugging Face hub; with several formats, name {format} in it.",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push-to-hub: make a new repository private.")
+@click.option("--revision", metavar="BRANCH", help="With --push-to-hub: push to this branch instead of main.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Export CHECKPOINT, the folder l4q-train wrote, packing its trained integers without quantizing again."""

@@ -26,8 +26,8 @@ from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.torch_engine import Engine
 
 PROMPT = "The king of the country"
-GRID = {"zero_point": "integer", "group_size": 32}
-ADAPTER = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4}
+GRID: dict[str, Any] = {"zero_point": "integer", "group_size": 32}
+ADAPTER: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4}
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_peft_trains_saves_and_loads_an_adapter(
     after = logprobs(tuned, ids)
     assert not torch.allclose(after, before, atol=1e-3)
     assert all(torch.equal(layer.codes, own) for layer, own in zip(packed_layers(tuned), codes, strict=True))
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     fresh = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     assert torch.equal(logprobs(PeftModel.from_pretrained(fresh, tmp_path / "adapter"), ids), after)
 
@@ -115,7 +115,8 @@ def test_merging_an_adapter_is_refused_until_dequantized(model: Any, ids: torch.
         with pytest.raises(UnsupportedError, match=r"no float weight to read, change or merge an adapter into"):
             tuned.merge_and_unload(safe_merge=safe)
     assert torch.equal(logprobs(tuned, ids), expected)
-    plain = tuned.unload().dequantize()
+    unloaded: Any = tuned.unload()
+    plain = unloaded.dequantize()
     assert not list(packed_layers(plain))
     torch.manual_seed(0)
     merged = get_peft_model(plain, PeftLora(**ADAPTER, init_lora_weights=False))

@@ -147,7 +147,7 @@ def test_prepare_and_freeze(glassllm_dir: Path, tmp_path: Path) -> None:
     assert set(checkpoint.modules) == set(report.wrapped)
     for name, layer in l4q_layers(model):
         assert torch.equal(torch.from_numpy(checkpoint.quantized(name).dequantize()), layer.quantized_weight())
-    result = export(tmp_path / "checkpoint", "gptq", tmp_path / "gptq")
+    result = export(tmp_path / "checkpoint", "gguf", tmp_path / "gguf")
     assert result.verified is not None
     assert result.verified.passed
 

@@ -14,9 +14,10 @@ import numpy.typing as npt
 from exporters.gguf.encode import encode
 from exporters.gguf.families import Architecture
 from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_tensors
+from exporters.gguf.modelfile import write_modelfile
 from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
 from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_name
-from exporters.gguf.vocab import read_vocabulary
+from exporters.gguf.vocab import Vocabulary, read_vocabulary
 from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
@@ -31,14 +32,16 @@ def write(
     options: ExportOptions,
     on_tensor: Callable[[str], None],
 ) -> None:
-    """Write the planned file into `folder`, holding one tensor in memory at a time.
+    """Write the planned file into `folder`, holding one tensor in memory at a time, and Ollama's Modelfile beside it.
 
     Equal checkpoints give equal bytes: the metadata has no times or paths.
     """
     architecture = architecture_of(checkpoint.architecture)
-    writer = gguf.GGUFWriter(folder / file_name(checkpoint, plan.tensors), architecture.name)
+    vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
+    name = file_name(checkpoint, plan.tensors)
+    writer = gguf.GGUFWriter(folder / name, architecture.name)
     try:
-        _add_metadata(writer, checkpoint, plan, architecture)
+        _add_metadata(writer, checkpoint, plan, architecture, vocabulary)
         for tensor in plan.tensors:
             _add_info(writer, tensor)
         writer.write_header_to_file()
@@ -49,17 +52,22 @@ def write(
             on_tensor(tensor.name)
     finally:
         writer.close()
+    if vocabulary.special is not None:
+        write_modelfile(checkpoint, folder, name, adds_bos=bool(vocabulary.special.add_special_token.get("bos")))
 
 
 def _add_metadata(
-    writer: gguf.GGUFWriter, checkpoint: L4QCheckpoint, plan: ExportPlan, architecture: Architecture
+    writer: gguf.GGUFWriter,
+    checkpoint: L4QCheckpoint,
+    plan: ExportPlan,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
 ) -> None:
     writer.add_type("model")
     writer.add_name(model_name(checkpoint))
     writer.add_file_type(FILE_TYPES[main_encoding(plan.tensors)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_array(QUANTIZED_KEY, [tensor.target for tensor in plan.quantized])
-    vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
     for entry in (*model_metadata(architecture, checkpoint.config), *vocabulary.metadata):
         writer.add_key_value(entry.key, entry.value, entry.type)
     if vocabulary.special is not None:
