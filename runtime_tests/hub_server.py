@@ -68,7 +68,7 @@ def validate_card(_: Hub, body: bytes, __: re.Match[str]) -> Any:
     try:
         ModelCard(json.loads(body)["content"])
     except Exception as error:  # whatever its parser raises
-        return 200, {"errors": [{"message": str(error)}], "warnings": []}
+        return 400, {"errors": [{"message": str(error)}], "warnings": []}
     return 200, {"errors": [], "warnings": []}
 
 

@@ -72,7 +72,9 @@ def _parts(render: Render) -> ChatParts | None:
         with_system = render(_talk(("system", system), ("user", question)), False)
     except Exception:  # no system role
         with_system = ""
-    if system in with_system and with_system.endswith(whole):
+    if system in with_system:
+        if not with_system.endswith(whole):
+            return None
         roles["system"] = _split(with_system[: -len(whole)], system)
     return ChatParts(head=first[: -len(whole)], roles=roles, prompt=asked[len(first) :])
 

@@ -1,0 +1,122 @@
+"""The metadata on top of a model card: what the Hugging Face hub files a model by.
+
+What is not known from the checkpoint is taken over, key by key, from the front matter of a README.md in the
+checkpoint's folder, or else in the folder of the model that training started from (or its copy in the hub's cache).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporters.plan import ExportPlan
+from l4q.checkpoint import L4QCheckpoint
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+CARD_NAME = "README.md"
+CARRIED = ("base_model", "license", "license_name", "license_link", "language", "datasets")
+"""Keys taken over."""
+LIBRARIES = dict.fromkeys(("gptq", "awq", "compressed-tensors"), "transformers")
+"""library_name by format; the hub knows GGUF and ONNX by their tags."""
+LICENSES = {
+    r"Apache License\s+Version 2\.0": "apache-2.0",
+    r"MIT License|Permission is hereby granted, free of charge": "mit",
+    r"GNU AFFERO GENERAL PUBLIC LICENSE\s+Version 3": "agpl-3.0",
+    r"GNU GENERAL PUBLIC LICENSE\s+Version 3": "gpl-3.0",
+    r"BSD 3-Clause": "bsd-3-clause",
+}
+"""First words of a licence's text -> the hub's name of it."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def card_data(checkpoint: L4QCheckpoint, plan: ExportPlan) -> ModelCardData:
+    """The metadata of an export's card; the same checkpoint and plan give the same."""
+    from huggingface_hub import ModelCardData
+
+    known: dict[str, Any] = {**_licence(checkpoint), **_carried(checkpoint)}
+    bits = checkpoint.quant.bits
+    tags = [plan.format, "l4q", f"{bits}-bit", "quantized", "quantization-aware-training"]
+    if "base_model" in known:
+        known["base_model_relation"] = "quantized"
+    return ModelCardData(
+        library_name=LIBRARIES.get(plan.format),
+        pipeline_tag="text-generation",
+        tags=[*tags, str(checkpoint.config.get("model_type", "")) or "text-generation"],
+        **known,
+    )
+
+
+def title(checkpoint: L4QCheckpoint) -> str:
+    """The model's name without a path."""
+    return Path(str(checkpoint.config.get("_name_or_path") or checkpoint.architecture)).name
+
+
+def trained_on(checkpoint: L4QCheckpoint) -> str | None:
+    """Names of the files a run was fine-tuned on, from the run's own record; None outside a run folder."""
+    paths = _run_options(checkpoint).get("data")
+    return ", ".join(Path(str(path)).name for path in paths) if paths else None
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """The metadata of a model card; {} if there is no card or nothing readable on top of it."""
+    from huggingface_hub import ModelCard
+
+    try:
+        metadata: dict[str, Any] = ModelCard(
+            path.read_text(encoding="utf-8"), ignore_metadata_errors=True
+        ).data.to_dict()
+    except Exception:  # somebody else's card: whatever YAML it holds must not stop an export
+        return {}
+    return metadata
+
+
+def _carried(checkpoint: L4QCheckpoint) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in _cards(checkpoint):
+        found = {key: value for key, value in front_matter(path).items() if key in CARRIED and value} | found
+    names = [name for name in _start_names(checkpoint) if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    return {"base_model": names[0], **found} if names else found
+
+
+def _cards(checkpoint: L4QCheckpoint) -> Iterator[Path]:
+    """Cards to take from, the checkpoint's own first."""
+    from huggingface_hub import try_to_load_from_cache
+
+    yield checkpoint.path / CARD_NAME
+    for name in _start_names(checkpoint):
+        yield Path(name) / CARD_NAME
+        if HUB_ID.fullmatch(name):
+            cached = try_to_load_from_cache(name, CARD_NAME)
+            if isinstance(cached, str):
+                yield Path(cached)
+
+
+def _start_names(checkpoint: L4QCheckpoint) -> list[str]:
+    """What training started from, as a folder or an id of the hub."""
+    named = (_run_options(checkpoint).get("model"), checkpoint.config.get("_name_or_path"))
+    return list(dict.fromkeys(str(name) for name in named if name))
+
+
+def _run_options(checkpoint: L4QCheckpoint) -> dict[str, Any]:
+    """The options that the run's folder records beside its checkpoint; {} outside of one."""
+    try:
+        record = json.loads((checkpoint.path.resolve().parent / "config.json").read_text(encoding="utf-8"))
+        options = record["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
+def _licence(checkpoint: L4QCheckpoint) -> dict[str, str]:
+    """The licence by its text, which travels with the checkpoint."""
+    for path in checkpoint.side_files():
+        if path.name.startswith("LICENSE"):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            named = next((name for words, name in LICENSES.items() if re.search(words, text)), None)
+            return {"license": named} if named else {"license": "other", "license_link": path.name}
+    return {}
