@@ -64,15 +64,12 @@ def trained_on(checkpoint: L4QCheckpoint) -> str | None:
 
 def front_matter(path: Path) -> dict[str, Any]:
     """The metadata of a model card; {} if there is no card or nothing readable on top of it."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
 
     try:
-        metadata: dict[str, Any] = ModelCard(
-            path.read_text(encoding="utf-8"), ignore_metadata_errors=True
-        ).data.to_dict()
+        return metadata_load(path) or {}
     except Exception:  # somebody else's card: whatever YAML it holds must not stop an export
         return {}
-    return metadata
 
 
 def _carried(checkpoint: L4QCheckpoint) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from l4q.train_options import OptimOptions
 from l4q.trainer import parameter_groups
 from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.torch_engine import Engine
+from runtime_tests.tiny_llama import tiny_checkpoint
 
 PROMPT = "The king of the country"
 GRID: dict[str, Any] = {"zero_point": "integer", "group_size": 32}
@@ -207,3 +210,26 @@ def test_trl_trains_an_adapter_on_a_checkpoint(checkpoint: Path, model: Any, tex
     trained = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
     assert len(trained) > len(list(packed_layers(trainer.model)))
     assert all(p.abs().sum() > 0 for p in trained)
+
+
+def test_python_of_the_page_runs(
+    glassllm_dir: Path, wiki_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every Python block of docs/huggingface.md works on a small model, with two training steps instead of 100."""
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", QuantConfig(), vocab_size=1024)
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "my").mkdir()
+    checkpoint.path.rename(tmp_path / "RUN" / "checkpoint")
+    (tmp_path / "tiny" / "plain").rename(tmp_path / "my" / "model")
+    for folder in ("RUN/checkpoint", "my/model"):
+        for path in glassllm_dir.glob("tokenizer*"):
+            shutil.copy(path, tmp_path / folder)
+    (tmp_path / "my_texts.txt").write_text(wiki_text[:4000])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    page = (Path(__file__).resolve().parent.parent / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block.replace("max_steps=100", "max_steps=2, report_to='none'"), {})  # noqa: S102 -- our own page
+    assert L4QCheckpoint.open("checkpoint").quant == QuantConfig()

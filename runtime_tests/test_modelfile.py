@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from jinja2 import Environment
 from transformers import AutoTokenizer
 
 from exporters.export import export
-from exporters.gguf.modelfile import write_modelfile
 from l4q.checkpoint import L4QCheckpoint
+from l4q.config import QuantConfig
 from runtime_tests.conftest import CheckpointMaker
+from runtime_tests.start_files import SPECIAL, byte_tokenizer
+from runtime_tests.tiny_llama import tiny_checkpoint
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<|im_start|>system\n"
@@ -77,17 +79,22 @@ def run_go(template: str, messages: Talk) -> str:
     return plain.from_string(written).render(messages=messages, system=system)
 
 
-@pytest.fixture
-def make(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> Callable[..., tuple[str, Any]]:
-    """Write the Modelfile of a checkpoint whose tokenizer has this chat template: (content, tokenizer)."""
+Make = Callable[..., tuple[str, Any]]
 
-    def write(template: str | None, **options: bool) -> tuple[str, Any]:
-        folder = tmp_path / "checkpoint"
-        shutil.copytree(glass_checkpoint("none", group_size=32), folder)
-        if template is not None:
-            (folder / "chat_template.jinja").write_text(template)
-        write_modelfile(L4QCheckpoint.open(folder), tmp_path, "king-Q4_0.gguf", **{"adds_bos": False, **options})
-        return (tmp_path / "Modelfile").read_text(), AutoTokenizer.from_pretrained(folder)
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Export a tiny model whose tokenizer has this chat template: (the Modelfile, the tokenizer)."""
+
+    def write(template: str | None, **names: object) -> tuple[str, Any]:
+        source = tiny_checkpoint(tmp_path / "tiny", QuantConfig(), bos_token_id=0, eos_token_id=0).path
+        byte_tokenizer(source)
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        content = {**config, "chat_template": template, **names}
+        kept = {key: value for key, value in content.items() if value is not None}
+        (source / "tokenizer_config.json").write_text(json.dumps(kept))
+        folder = export(L4QCheckpoint.open(source), "gguf", tmp_path / "gguf").folder
+        return (folder / "Modelfile").read_text(), AutoTokenizer.from_pretrained(source)
 
     return write
 
@@ -100,7 +107,7 @@ def template_of(modelfile: str) -> str:
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA], ids=["chatml", "llama3", "gemma"])
-def test_template_writes_what_the_model_was_trained_on(make: Callable[..., tuple[str, Any]], template: str) -> None:
+def test_template_writes_what_the_model_was_trained_on(make: Make, template: str) -> None:
     """With and without a system message (where there may be one), over several turns; a changed template does not."""
     content, tokenizer = make(template)
     got = template_of(content)
@@ -111,31 +118,35 @@ def test_template_writes_what_the_model_was_trained_on(make: Callable[..., tuple
         expected = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         assert run_go(got, talk) == expected
         assert run_go(got.replace("user", "User"), talk) != expected
-    assert content.startswith("FROM ./king-Q4_0.gguf\n")
-    assert 'PARAMETER stop "<eos>"' in content
+    assert re.match(r"FROM \./[\w.-]+-Q4_0\.gguf\n", content)
+    assert f'PARAMETER stop "{SPECIAL}"' in content
 
 
-def test_bos_is_written_once(make: Callable[..., tuple[str, Any]]) -> None:
+def test_bos_is_written_once(make: Make) -> None:
     """Where llama.cpp puts the BOS token itself, the template leaves it out, with a system message and without."""
-    content, tokenizer = make(LLAMA3, adds_bos=True)
+    content, tokenizer = make(LLAMA3, add_bos_token=True)
     for talk in TALKS:
         expected = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        assert f"<bos>{run_go(template_of(content), talk)}" == expected
+        assert f"{SPECIAL}{run_go(template_of(content), talk)}" == expected
     assert 'PARAMETER stop "<|eot|>"' in content
 
 
 @pytest.mark.parametrize("template", [INSIDE_USER, NUMBERS, BRACES], ids=["system inside user", "numbers", "braces"])
-def test_other_templates_are_left_to_ollama(make: Callable[..., tuple[str, Any]], template: str) -> None:
+def test_other_templates_are_left_to_ollama(make: Make, template: str) -> None:
     """A template that is more than text around messages gives no TEMPLATE, and a line that says so."""
     content, _ = make(template)
     assert "TEMPLATE" not in content
     assert "# the model's chat template is more than text around messages" in content
 
 
-def test_base_model_continues_its_prompt(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
-    """An export without a chat template: the Modelfile names the file beside it, whose name LM Studio shows."""
+def test_base_model_continues_its_prompt(make: Make, tmp_path: Path) -> None:
+    """Without a chat template, Ollama is told to hand on the prompt; the file it names is the one beside it."""
+    content, _ = make(None)
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    assert content == f'FROM ./{file.name}\nTEMPLATE """{{{{ .Prompt }}}}"""\nPARAMETER stop "{SPECIAL}"\n'
+
+
+def test_no_modelfile_without_a_text_vocabulary(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    """A GGUF that takes token ids only is of no use to Ollama."""
     folder = export(glass_checkpoint("none", group_size=32), "gguf", tmp_path / "gguf").folder
-    (file,) = folder.glob("*.gguf")
-    assert re.fullmatch(r"[\w.-]+-Q4_0\.gguf", file.name)
-    lines = (folder / "Modelfile").read_text().splitlines()
-    assert lines[:2] == [f"FROM ./{file.name}", 'TEMPLATE """{{ .Prompt }}"""']
+    assert not (folder / "Modelfile").exists()

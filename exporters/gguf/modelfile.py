@@ -8,11 +8,11 @@ Syntax: https://docs.ollama.com/modelfile and https://docs.ollama.com/template.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from exporters.gguf.chat import ChatParts, Messages, take_apart
+from exporters.gguf.chat import ChatParts, Messages, Render, take_apart
+from exporters.gguf.vocab import Vocabulary
 from l4q.checkpoint import L4QCheckpoint
 
 MODELFILE_NAME = "Modelfile"
@@ -21,29 +21,34 @@ _NO_PARTS = "the model's chat template is more than text around messages: Ollama
 _NO_SYSTEM = "the model's chat template has no system role: system messages are left out"
 
 
-def write_modelfile(checkpoint: L4QCheckpoint, folder: Path, gguf: str, *, adds_bos: bool) -> None:
-    """Write the Modelfile of a GGUF file with a text vocabulary.
+def write_modelfile(checkpoint: L4QCheckpoint, folder: Path, gguf: str, vocabulary: Vocabulary) -> None:
+    """Write the Modelfile of a GGUF file; none if the file has no text vocabulary.
 
     Args:
-        checkpoint: The source; its folder has the tokenizer.
+        checkpoint: The source.
         folder: Where the file goes.
         gguf: The GGUF file's name.
-        adds_bos: Whether the runtime puts a BOS token before every prompt, so that the template must not.
+        vocabulary: What the file says of the tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    parts = take_apart(_renderer(tokenizer)) if tokenizer.chat_template else None
-    bos = str(tokenizer.bos_token or "") if adds_bos else ""
+    special = vocabulary.special
+    if special is None:
+        return
+    words = {kind: vocabulary.token(index) for kind, index in special.special_token_ids.items()}
+    template = special.chat_template
+    if template is not None and not isinstance(template, str):  # several, by name
+        template = next((str(entry["template"]) for entry in template if entry.get("name") == "default"), None)
+    parts = take_apart(_renderer(template, words)) if template else None
+    bos = words.get("bos", "") if special.add_special_token.get("bos") else ""
     lines = [f"FROM ./{gguf}"]
     if parts is not None:
         lines += [] if "system" in parts.roles else [f"# {_NO_SYSTEM}"]
         lines.append(f'TEMPLATE """{go_template(parts, bos)}"""')
-    elif tokenizer.chat_template:
+    elif template:
         lines.append(f"# {_NO_PARTS}")
     else:
         lines.append('TEMPLATE """{{ .Prompt }}"""')  # a base model continues what it is given
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops(checkpoint, tokenizer, parts)]
+    ends = stops([vocabulary.token(index) for index in _eos_ids(checkpoint)], parts)
+    lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends]
     (folder / MODELFILE_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -58,11 +63,10 @@ def go_template(parts: ChatParts, bos: str = "") -> str:
     return f"{shown}{{{{ range .Messages }}}}{{{{ {'else '.join(branches)}end }}}}{{{{ end }}}}{parts.prompt}"
 
 
-def stops(checkpoint: L4QCheckpoint, tokenizer: Any, parts: ChatParts | None) -> list[str]:
-    """Texts that end an answer: the EOS tokens of generation_config.json and config.json, and what follows answers."""
-    found = [str(tokenizer.convert_ids_to_tokens(index)) for index in _eos_ids(checkpoint)]
+def stops(ends: Sequence[str], parts: ChatParts | None) -> list[str]:
+    """Texts that end an answer: the EOS tokens, and what the template writes after an answer."""
     after = parts.roles["assistant"].after.strip() if parts is not None else ""
-    return list(dict.fromkeys([*found, *([after] if after else [])]))
+    return list(dict.fromkeys([*ends, *([after] if after else [])]))
 
 
 def _eos_ids(checkpoint: L4QCheckpoint) -> Iterator[int]:
@@ -73,11 +77,16 @@ def _eos_ids(checkpoint: L4QCheckpoint) -> Iterator[int]:
         yield from [] if value is None else [value] if isinstance(value, int) else value
 
 
-def _renderer(tokenizer: Any) -> Any:
+def _renderer(template: str, words: Mapping[str, str]) -> Render:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    named = {f"{kind}_token": word for kind, word in words.items()}
+
     def render(messages: Messages, ask: bool) -> str:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-        if any(odd in text for odd in _UNREADABLE):
+        talks = [[dict(message) for message in messages]]
+        rendered, _ = render_jinja_template(talks, chat_template=template, add_generation_prompt=ask, **named)
+        if any(odd in rendered[0] for odd in _UNREADABLE):
             raise ValueError("text that a Modelfile cannot hold")
-        return str(text)
+        return str(rendered[0])
 
     return render

@@ -52,8 +52,7 @@ def write(
             on_tensor(tensor.name)
     finally:
         writer.close()
-    if vocabulary.special is not None:
-        write_modelfile(checkpoint, folder, name, adds_bos=bool(vocabulary.special.add_special_token.get("bos")))
+    write_modelfile(checkpoint, folder, name, vocabulary)
 
 
 def _add_metadata(
