@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD_NAME = "README.md"
-CARRIED = ("base_model", "license", "license_name", "license_link", "language", "datasets")
+LICENCE_KEYS = ("license", "license_name", "license_link")
+CARRIED = ("base_model", *LICENCE_KEYS, "language", "datasets")
 """Keys taken over."""
 LIBRARIES = dict.fromkeys(("gptq", "awq", "compressed-tensors"), "transformers")
 """library_name by format; the hub knows GGUF and ONNX by their tags."""
@@ -38,7 +38,7 @@ def card_data(checkpoint: L4QCheckpoint, plan: ExportPlan) -> ModelCardData:
     """The metadata of an export's card; the same checkpoint and plan give the same."""
     from huggingface_hub import ModelCardData
 
-    known: dict[str, Any] = {**_licence(checkpoint), **_carried(checkpoint)}
+    known = _carried(checkpoint)
     bits = checkpoint.quant.bits
     tags = [plan.format, "l4q", f"{bits}-bit", "quantized", "quantization-aware-training"]
     if "base_model" in known:
@@ -73,24 +73,27 @@ def front_matter(path: Path) -> dict[str, Any]:
 
 
 def _carried(checkpoint: L4QCheckpoint) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path in _cards(checkpoint):
-        found = {key: value for key, value in front_matter(path).items() if key in CARRIED and value} | found
-    names = [name for name in _start_names(checkpoint) if HUB_ID.fullmatch(name) and not Path(name).exists()]
-    return {"base_model": names[0], **found} if names else found
+    """What cards say: the checkpoint's own first, then those of the start; a licence comes from one card as a whole."""
+    found = _wanted(front_matter(checkpoint.path / CARD_NAME))
+    for name in _start_names(checkpoint):
+        card = _wanted(front_matter(_start_card(name)))
+        if HUB_ID.fullmatch(name) and not Path(name).exists():
+            card["base_model"] = name  # and not what that model derives from
+        found = {key: value for key, value in card.items() if not ("license" in found and key in LICENCE_KEYS)} | found
+    return found if "license" in found else {**_licence(checkpoint), **found}
 
 
-def _cards(checkpoint: L4QCheckpoint) -> Iterator[Path]:
-    """Cards to take from, the checkpoint's own first."""
+def _wanted(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: metadata[key] for key in CARRIED if metadata.get(key)}
+
+
+def _start_card(name: str) -> Path:
+    """Where the card of a start would be: in its folder, or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    yield checkpoint.path / CARD_NAME
-    for name in _start_names(checkpoint):
-        yield Path(name) / CARD_NAME
-        if HUB_ID.fullmatch(name):
-            cached = try_to_load_from_cache(name, CARD_NAME)
-            if isinstance(cached, str):
-                yield Path(cached)
+    own = Path(name) / CARD_NAME
+    cached = try_to_load_from_cache(name, CARD_NAME) if HUB_ID.fullmatch(name) and not own.exists() else None
+    return Path(cached) if isinstance(cached, str) else own
 
 
 def _start_names(checkpoint: L4QCheckpoint) -> list[str]:

@@ -93,6 +93,20 @@ def test_metadata_is_taken_over(run: Path, tmp_path: Path) -> None:
     assert (found["license"], found["base_model"], found["language"]) == ("gpl-3.0", "me/parent", ["en", "la"])
 
 
+def test_the_hubs_cache_is_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card of a start that was downloaded gives licence and language; the base model is the start, not its own."""
+    snapshot = tmp_path / "hub" / "models--me--start" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(START_CARD)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    name_start(run, "me/start")
+    found = metadata(run)
+    assert (found["base_model"], found["license"], found["language"]) == ("me/start", "cc-by-4.0", ["en", "la"])
+
+
 @pytest.mark.parametrize("card", ["", "no front matter", "---\n: [\n---\n", "---\n- a\n---\n"])
 def test_unreadable_cards_are_passed_over(run: Path, card: str) -> None:
     """A README.md that is no model card changes nothing."""
@@ -103,10 +117,14 @@ def test_unreadable_cards_are_passed_over(run: Path, card: str) -> None:
 
 
 def test_an_unknown_licence_is_linked(run: Path) -> None:
-    """A licence text that has no name on the hub is "other", with the file that travels along."""
+    """A licence text without a name on the hub is "other", with the file that travels along, unless a card names it."""
     (run / "checkpoint" / "LICENSE").write_text("You may read this.")
     found = metadata(run)
     assert (found["license"], found["license_link"]) == ("other", "LICENSE")
+    (run / "checkpoint" / "README.md").write_text("---\nlicense: mit\n---\n")
+    found = metadata(run)
+    assert found["license"] == "mit"
+    assert "license_link" not in found
 
 
 def test_measured_results_are_in_the_model_index(run: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from trl import SFTConfig, SFTTrainer
 
-from l4q import LoraConfig, QuantConfig, freeze_model, save_l4q, wrap_linears
+from l4q import LoraConfig, QuantConfig, freeze, freeze_model, prepare, save_l4q, wrap_linears
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
 from l4q.hf import PackedLinear
@@ -26,7 +26,7 @@ from l4q.train_options import OptimOptions
 from l4q.trainer import parameter_groups
 from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.torch_engine import Engine
-from runtime_tests.tiny_llama import tiny_checkpoint
+from runtime_tests.tiny_llama import tiny_llama
 
 PROMPT = "The king of the country"
 GRID: dict[str, Any] = {"zero_point": "integer", "group_size": 32}
@@ -216,14 +216,12 @@ def test_python_of_the_page_runs(
     glassllm_dir: Path, wiki_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every Python block of docs/huggingface.md works on a small model, with two training steps instead of 100."""
-    checkpoint = tiny_checkpoint(tmp_path / "tiny", QuantConfig(), vocab_size=1024)
-    (tmp_path / "RUN").mkdir()
-    (tmp_path / "my").mkdir()
-    checkpoint.path.rename(tmp_path / "RUN" / "checkpoint")
-    (tmp_path / "tiny" / "plain").rename(tmp_path / "my" / "model")
-    for folder in ("RUN/checkpoint", "my/model"):
-        for path in glassllm_dir.glob("tokenizer*"):
-            shutil.copy(path, tmp_path / folder)
+    tiny_llama(tmp_path / "my" / "model", vocab_size=1024)
+    for path in glassllm_dir.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "my" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "my" / "model")
+    prepare(model)
+    freeze(model, tmp_path / "RUN" / "checkpoint", side_files_from=tmp_path / "my" / "model")
     (tmp_path / "my_texts.txt").write_text(wiki_text[:4000])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
