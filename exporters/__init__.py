@@ -1,1 +1,39 @@
-"""Exporters: one package per format, all driven by `exporters.export.export`."""
+"""Exports of L4Q checkpoints: planned first, packed without requantization, read back by foreign decoders.
+
+The call is ``exporters.export.export``; the names here are what it takes and returns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from l4q.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from exporters.export import ExportResult as ExportResult
+    from exporters.export import get_exporter as get_exporter
+    from exporters.export import make_plan as make_plan
+    from exporters.plan import Exporter as Exporter
+    from exporters.plan import ExportOptions as ExportOptions
+    from exporters.plan import ExportPlan as ExportPlan
+    from exporters.plan import Fidelity as Fidelity
+    from exporters.plan import PlannedTensor as PlannedTensor
+    from exporters.plan import RuntimeSupport as RuntimeSupport
+    from exporters.verify import VerifyReport as VerifyReport
+
+# public name -> module that defines it; docs/api.md says what is stable
+_EXPORTS = {
+    "Exporter": "exporters.plan",
+    "ExportOptions": "exporters.plan",
+    "ExportPlan": "exporters.plan",
+    "Fidelity": "exporters.plan",
+    "PlannedTensor": "exporters.plan",
+    "RuntimeSupport": "exporters.plan",
+    "ExportResult": "exporters.export",
+    "get_exporter": "exporters.export",
+    "make_plan": "exporters.export",
+    "VerifyReport": "exporters.verify",
+}
+
+__all__ = sorted(_EXPORTS)
+__getattr__ = lazy_attributes("exporters", _EXPORTS)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import l4q
+from exporters.card_data import CARD_NAME, card_data, title, trained_on
 from exporters.manifest import renew_entry
 from exporters.plan import ExportPlan
 from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import write_atomic
 
-CARD_NAME = "README.md"
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+__all__ = ["CARD_NAME", "update_parity", "write_card"]
+
 PARITY_BEGIN = "<!-- l4q-parity begin -->"
 PARITY_END = "<!-- l4q-parity end -->"
 _UNMEASURED = "Not measured yet: `l4q-parity CHECKPOINT THIS_FOLDER --text FILE` fills this section."
@@ -23,26 +30,22 @@ def write_card(
 ) -> None:
     """Write README.md into an exported folder."""
     quant = checkpoint.quant
-    base = checkpoint.config.get("_name_or_path") or checkpoint.architecture
     runtimes = [f"| {r.runtime} | {'yes' if r.loads else 'no'} | {r.reason} |" for r in plan.runtimes]
     notes = [*(f"- {note}" for note in plan.notes), *(f"- Warning: {warning}" for warning in plan.warnings)]
+    data = trained_on(checkpoint)
     lines = [
         "---",
-        "library_name: l4q",
-        "pipeline_tag: text-generation",
-        "tags:",
-        f"- {plan.format}",
-        "- l4q",
-        f"- {quant.bits}-bit",
+        card_data(checkpoint, plan).to_yaml(),
         "---",
         "",
-        f"# {Path(str(base)).name}, L4Q {quant.bits}-bit, {plan.format}",
+        f"# {title(checkpoint)}, L4Q {quant.bits}-bit, {plan.format}",
         "",
         f"Fine-tuned inside the quantizer with l4q {l4q.__version__}: {quant.bits} bits, "
         f"group size {quant.group_size}, zero-point {quant.zero_point}, scale grid {quant.scale_grid}. "
         "The integers in this folder are the trained ones; nothing was quantized again on the way.",
         "",
         *_mixed(checkpoint),
+        *([f"- Fine-tuned on: {data}"] if data else []),
         f"- Quantized tensors: {len(plan.quantized)}, {plan.bits_per_weight:.2f} bits per weight with scales",
         f"- Size of the tensors: {plan.nbytes:,} bytes",
         f"- {_verified(report)}",
@@ -55,6 +58,8 @@ def write_card(
         *runtimes,
         "",
         "## How to load it",
+        "",
+        "Commands are for a copy of this folder, run inside it.",
         "",
         usage.strip(),
         "",
@@ -91,8 +96,17 @@ def _mixed(checkpoint: L4QCheckpoint) -> list[str]:
     return [*others, ""] if others else []
 
 
-def update_parity(folder: Path, markdown: str) -> bool:
-    """Replace the measured-parity section of a card; False if the folder has no card with such a section."""
+def update_parity(folder: Path, markdown: str, results: Sequence[EvalResult] = ()) -> bool:
+    """Replace the measured-parity section of a card, and the results in its metadata (model-index).
+
+    Args:
+        folder: An export.
+        markdown: The section's content.
+        results: What the hub shows beside the card.
+
+    Returns:
+        False if the folder has no card with such a section.
+    """
     path = folder / CARD_NAME
     if not path.is_file():
         return False
@@ -101,6 +115,21 @@ def update_parity(folder: Path, markdown: str) -> bool:
     _, end, tail = rest.partition(PARITY_END)
     if not begin or not end:
         return False
+    head = _with_results(head, results) if results else head
     write_atomic(path, f"{head}{PARITY_BEGIN}\n{markdown.strip()}\n{PARITY_END}{tail}")
     renew_entry(folder, CARD_NAME)
     return True
+
+
+def _with_results(head: str, results: Sequence[EvalResult]) -> str:
+    """The card's beginning with these evaluation results; unchanged if its metadata cannot be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(head)
+    except ValueError:  # edited by hand into something the hub would refuse too
+        return head
+    heading = next((line[2:] for line in card.text.splitlines() if line.startswith("# ")), "model")
+    data: Any = card.data
+    data.model_name, data.eval_results = heading.partition(",")[0], list(results)
+    return f"---\n{data.to_yaml()}\n---\n{card.text}"

@@ -14,9 +14,21 @@ from l4q.cli_common import ByteSize, SpreadCommand, run
 FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 
 
+class ExportCommand(SpreadCommand):
+    """Offers the formats that other packages bring beside our own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Complete the choices of --to, then parse as usual."""
+        from exporters.plugins import plugin_formats
+
+        to = next(parameter for parameter in self.params if parameter.name == "formats")
+        to.type = click.Choice(tuple(dict.fromkeys((*FORMATS, *plugin_formats()))))
+        return super().parse_args(ctx, args)
+
+
 @click.command(
     name="export",
-    cls=SpreadCommand,
+    cls=ExportCommand,
     epilog="Example: l4q-export RUN/checkpoint --to gptq gguf onnx --out exports",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -82,6 +94,12 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
     "--tensor-parallel", type=click.IntRange(1), default=1, show_default=True,
     help="Check that GPTQ, AWQ and compressed-tensors survive vLLM's split over this many ranks.",
 )  # fmt: skip
+@click.option(
+    "--push-to-hub", metavar="USER/NAME",
+    help="Upload what was exported to the Hugging Face hub; with several formats, name {format} in it.",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push-to-hub: make a new repository private.")
+@click.option("--revision", metavar="BRANCH", help="With --push-to-hub: push to this branch instead of main.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Export CHECKPOINT, the folder l4q-train wrote, packing its trained integers without quantizing again."""

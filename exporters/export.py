@@ -12,6 +12,7 @@ from typing import cast
 from exporters.card import CARD_NAME, write_card
 from exporters.manifest import work_identity, write_manifest
 from exporters.plan import Exporter, ExportOptions, ExportPlan
+from exporters.plugins import load_plugin, plugin_formats
 from exporters.verify import VerifyMode, VerifyReport, sample_modules, verify
 from l4q.checkpoint import L4QCheckpoint
 from l4q.checkpoint_files import source_digest
@@ -45,13 +46,17 @@ class ExportResult:
 
 
 def get_exporter(name: str) -> Exporter:
-    """Import a format's package.
+    """Import a format's package: one of `EXPORTERS`, or one that another package brings (`exporters.plugins`).
 
     Raises:
-        UsageError: The format is unknown, or a package it needs is not installed.
+        UsageError: The format is unknown or its package is broken, or a package it needs is not installed.
     """
     if name not in EXPORTERS:
-        raise UsageError("unknown export format", where="--to", got=name, expected=f"one of {sorted(EXPORTERS)}")
+        plugin = load_plugin(name)
+        if plugin is None:
+            known = sorted({*EXPORTERS, *plugin_formats()})
+            raise UsageError("unknown export format", where="--to", got=name, expected=f"one of {known}")
+        return plugin
     try:
         return cast(Exporter, import_module(EXPORTERS[name]))
     except ModuleNotFoundError as error:
@@ -82,7 +87,7 @@ def make_plan(checkpoint: L4QCheckpoint, name: str, options: ExportOptions) -> E
 
 
 def export(
-    checkpoint: L4QCheckpoint,
+    checkpoint: L4QCheckpoint | str | Path,
     name: str,
     out: str | Path,
     options: ExportOptions | None = None,
@@ -96,8 +101,8 @@ def export(
     """Export a checkpoint to one format.
 
     Args:
-        checkpoint: The source, opened.
-        name: A key of `EXPORTERS`.
+        checkpoint: The source, opened or its folder.
+        name: A key of `EXPORTERS`, or a format that another package brings.
         out: Folder to create.
         options: Choices of the format; defaults if None.
         overwrite: Replace an existing folder.
@@ -117,6 +122,7 @@ def export(
         VerificationError: The written bytes do not decode to the checkpoint's weights; nothing is left behind.
     """
     options = options or ExportOptions()
+    checkpoint = checkpoint if isinstance(checkpoint, L4QCheckpoint) else L4QCheckpoint.open(checkpoint)
     target = Path(out)
     refuse_existing(target, overwrite=overwrite)
     plan = make_plan(checkpoint, name, options)

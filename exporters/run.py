@@ -11,10 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from exporters.export import ExportResult, export, make_plan
+from exporters.hub import push, repositories
 from exporters.manifest import verified_counts
 from exporters.plan import ExportOptions, ExportPlan
 from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
+from l4q.errors import UsageError
 from l4q.files import refuse_existing
 
 _OPTIONS = (
@@ -44,6 +46,7 @@ def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, A
     options = ExportOptions(**{name: arguments[name] for name in _OPTIONS})
     out: Path = arguments["out"]
     formats = list(dict.fromkeys(arguments["formats"]))
+    repos = hub_repositories(arguments, formats)
     if not arguments["dry_run"]:
         for name in formats:
             refuse_existing(out / name, overwrite=arguments["overwrite"])
@@ -59,7 +62,27 @@ def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, A
         results[name] = _export_with_bar(checkpoint, name, out / name, options, arguments)
     if table:
         _print_results(results)
-    return {name: _result_summary(result) for name, result in results.items()}
+    summaries = {name: _result_summary(result) for name, result in results.items()}
+    for name, repo in repos.items():
+        summaries[name]["pushed"] = push(
+            results[name].folder, repo, private=arguments["private"], revision=arguments["revision"]
+        )
+        if table:
+            Console().print(f"{name}: pushed to {summaries[name]['pushed']}", markup=False)
+    return summaries
+
+
+def hub_repositories(arguments: dict[str, Any], formats: list[str]) -> dict[str, str]:
+    """Format -> repository to push to; empty if nothing is to be pushed.
+
+    Raises:
+        UsageError: A name the hub does not allow, or options of a push without one.
+    """
+    if arguments["push_to_hub"]:
+        return repositories(arguments["push_to_hub"], formats)
+    if arguments["private"] or arguments["revision"]:
+        raise UsageError("--private and --revision say how to push", remedy="add --push-to-hub USER/NAME")
+    return {}
 
 
 def warn(plans: dict[str, ExportPlan]) -> None:

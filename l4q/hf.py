@@ -1,12 +1,13 @@
-"""transformers integration: `AutoModelForCausalLM.from_pretrained(checkpoint)` for evaluation and generation.
+"""transformers integration: `AutoModelForCausalLM.from_pretrained(checkpoint)`, to generate or to train adapters on.
 
 Uses transformers' public hooks (register_quantization_config, register_quantizer). Each linear keeps its codes and
-dequantizes in the forward, so a loaded model needs the checkpoint's memory, not the float model's.
+dequantizes in the forward, so a loaded model needs the checkpoint's memory, not the float model's; nor does training
+an adapter on it keep float weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from l4q.bitpack import row_bytes, unpack_codes
 from l4q.checkpoint import QUANT_METHOD
 from l4q.config import FORMAT_VERSION, QuantConfig
-from l4q.errors import UsageError
+from l4q.errors import UnsupportedError, UsageError
 from l4q.k_grids import SUPERBLOCK
 from l4q.module_grids import MODULES_KEY, module_grids
 
@@ -49,8 +50,49 @@ class L4QConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
         return {**section, MODULES_KEY: grids} if grids else section
 
 
-class PackedLinear(nn.Module):
+class PackedWeight:
+    """What a packed layer has in place of a float weight: its shape, dtype of computing and device, and no values.
+
+    Raises:
+        UnsupportedError: Anything else is asked of it, such as `data`, into which adapters are merged.
+    """
+
+    _is_hf_initialized = True  # transformers' mark of a tensor that it need not initialize
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedError(
+            "an L4Q layer holds trained integers; it has no float weight to read, change or merge an adapter into",
+            where=f"PackedLinear.weight.{name}",
+            remedy="keep the adapter beside the checkpoint, call model.dequantize() before you merge, or train inside "
+            "the quantizer with l4q-train",
+        )
+
+
+class PackedProduct(torch.autograd.Function):
+    """y = x @ W^T with the W that a packed layer dequantizes, once more in backward instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        """X [..., in] -> [..., out] in x's dtype."""
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        """The gradient of x alone: the layer's integers are frozen."""
+        return grads[0] @ ctx.layer.dequantize().to(grads[0].dtype), None
+
+
+class PackedLinear(nn.Linear):
     """A linear layer that holds an L4Q checkpoint's tensors and dequantizes them in every forward.
+
+    It is a torch.nn.Linear to those who look for one, as PEFT does, but its `weight` has no values: merging an adapter
+    into it would have to round the trained integers anew.
 
     Buffers-like parameters: codes uint8 [out, row_bytes], scales float16 [out, groups], zeros uint8 or mins float16
     [out, groups]; bias in the model's dtype. On a K grid scales and mins are [out, superblocks], beside sub_scales and
@@ -58,7 +100,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, quant: QuantConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch.nn.Linear's own would make the weight
         self.quant = quant
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group_size = quant.resolve_group_size(self.in_features)
@@ -75,6 +117,12 @@ class PackedLinear(nn.Module):
             if quant.zero_point == "float":
                 self.sub_mins = self._frozen(grouped, torch.uint8)
         self.bias = linear.bias
+        self._dtype = linear.weight.dtype
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        """Shape, dtype and device of the weight, without its values."""
+        return PackedWeight((self.out_features, self.in_features), self._dtype, self.codes.device)
 
     @staticmethod
     def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -100,7 +148,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out]."""
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        y: torch.Tensor = PackedProduct.apply(x, self)
+        bias = cast("nn.Parameter | None", self.bias)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and grid for print(model)."""
@@ -143,8 +193,8 @@ class L4QHfQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     @property
     def is_trainable(self) -> bool:
-        """Codes are frozen integers; train from the 16-bit model instead."""
-        return False
+        """Adapters can be trained on top; the integers themselves are frozen."""
+        return True
 
 
 def register() -> None:

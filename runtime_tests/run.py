@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -18,6 +19,9 @@ from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_p
 from runtime_tests.report import markdown, report_files, table, write_report
 from runtime_tests.report_html.details import describe
 from runtime_tests.targets import detect
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 
 def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, Any]:
@@ -125,7 +129,29 @@ def update_cards(report: dict[str, Any]) -> None:
     """Write each export's own rows into its model card."""
     for folder in dict.fromkeys(row["folder"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["folder"] == folder]
-        update_parity(Path(folder), markdown(report, rows))
+        update_parity(Path(folder), markdown(report, rows), eval_results(report, rows))
+
+
+def eval_results(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[EvalResult]:
+    """The perplexity of every runtime that gave one, and the oracle's, for the card's model-index."""
+    from huggingface_hub import EvalResult
+
+    settings = report["settings"]
+    values = {f"{row['runtime']} {row['variant']}".strip(): row.get("perplexity") for row in rows}
+    values = {"torch float32, the oracle": report["oracle"]["perplexity"], **values}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=Path(settings["text"]).stem,
+            dataset_name=settings["text"],
+            dataset_args={"windows": settings["windows"], "tokens_per_window": settings["tokens_per_window"]},
+            metric_type="perplexity",
+            metric_name=f"Perplexity ({name})",
+            metric_value=round(value, 4),
+        )
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
 
 
 @contextmanager

@@ -18,6 +18,13 @@ llama-cli -m *.gguf -p "Hello"
 llama-server -m *.gguf
 ```
 
+Ollama takes the `Modelfile` beside it, LM Studio imports the file into its folder of models:
+
+```bash
+ollama create my-model -f Modelfile && ollama run my-model
+lms import *.gguf --user-repo me/my-model
+```
+
 From Python, with `pip install xllamacpp`:
 
 ```python

@@ -52,6 +52,11 @@ class Vocabulary:
     notes: tuple[str, ...]
     """What a reader of the plan should know."""
 
+    def token(self, index: int) -> str:
+        """The text of a token of a text vocabulary."""
+        (tokens,) = (entry.value for entry in self.metadata if entry.key == gguf.Keys.Tokenizer.LIST)
+        return str(tokens[index])
+
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """The vocabulary of a checkpoint folder, padded to the rows of the embedding.

@@ -14,9 +14,10 @@ import numpy.typing as npt
 from exporters.gguf.encode_packed import encode_pieces
 from exporters.gguf.families import Architecture
 from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_tensors
+from exporters.gguf.modelfile import write_modelfile
 from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
 from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_name
-from exporters.gguf.vocab import read_vocabulary
+from exporters.gguf.vocab import Vocabulary, read_vocabulary
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import sync_file
@@ -36,17 +37,32 @@ def write(
     on_tensor: Callable[[str], None],
     record: FileRecord = NOTHING_DONE,
 ) -> None:
-    """Write the planned file into `folder`, one tensor as it is stored in memory at a time; a complete file is kept.
+    """Write the planned file into `folder` and Ollama's Modelfile beside it; a complete file is kept.
+
+    One tensor is held in memory at a time, as it is stored.
 
     Equal checkpoints give equal bytes: the metadata has no times or paths.
     """
     path = folder / file_name(checkpoint, plan.tensors)
-    if record.finished(path.name):
-        return
+    vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
+    if not record.finished(path.name):
+        _write_file(path, checkpoint, plan, vocabulary, on_tensor)
+        sync_file(path)
+        record.add(path)
+    write_modelfile(checkpoint, folder, path.name, vocabulary)
+
+
+def _write_file(
+    path: Path,
+    checkpoint: L4QCheckpoint,
+    plan: ExportPlan,
+    vocabulary: Vocabulary,
+    on_tensor: Callable[[str], None],
+) -> None:
     architecture = architecture_of(checkpoint.architecture)
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
-        _add_metadata(writer, checkpoint, plan, architecture)
+        _add_metadata(writer, checkpoint, plan, architecture, vocabulary)
         for tensor in plan.tensors:
             _add_info(writer, tensor)
         writer.write_header_to_file()
@@ -58,19 +74,20 @@ def write(
             on_tensor(tensor.name)
     finally:
         writer.close()
-    sync_file(path)
-    record.add(path)
 
 
 def _add_metadata(
-    writer: gguf.GGUFWriter, checkpoint: L4QCheckpoint, plan: ExportPlan, architecture: Architecture
+    writer: gguf.GGUFWriter,
+    checkpoint: L4QCheckpoint,
+    plan: ExportPlan,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
 ) -> None:
     writer.add_type("model")
     writer.add_name(model_name(checkpoint))
     writer.add_file_type(FILE_TYPES[main_encoding(plan.tensors)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_array(QUANTIZED_KEY, [tensor.target for tensor in plan.quantized])
-    vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
     for entry in (*model_metadata(architecture, checkpoint.config), *vocabulary.metadata):
         writer.add_key_value(entry.key, entry.value, entry.type)
     if vocabulary.special is not None:
