@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from l4q.errors import UsageError
 from tools import ablate
 from tools.reproduction.recipe import MODELS
 
@@ -42,5 +43,5 @@ def test_every_choice_is_one_run_and_is_kept(glassllm_dir: Path, tmp_path: Path)
     third = runner.invoke(ablate.command, options, catch_exceptions=False)
     assert third.stdout == second.stdout
     assert [path.stat().st_mtime_ns for path in files] == stamps
-    with pytest.raises(ablate.UsageError, match="another recipe"):
+    with pytest.raises(UsageError, match="another recipe"):
         runner.invoke(ablate.command, [*options, "--steps", "3"], catch_exceptions=False)

@@ -21,6 +21,7 @@ from exporters.onnx.family import FAMILIES, read_spec
 from exporters.plan import ExportOptions, GgufEmbeddings
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError, UsageError
+from l4q.shards import ALL
 from runtime_tests import architectures as table_module
 from runtime_tests.architectures import DOCUMENT, FORMATS, IDS, KL_LIMIT, MEAN_LIMIT, Cell, write_export
 from runtime_tests.engines.llamacpp_engine import Engine as LlamaEngine
@@ -105,8 +106,8 @@ def dense(ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage
     def apply(checkpoint: L4QCheckpoint) -> None:
         read = checkpoint.dense
 
-        def altered(name: str) -> torch.Tensor:
-            return change(read(name)) if name.endswith(ending) else read(name)
+        def altered(name: str, rows: slice = ALL) -> torch.Tensor:
+            return change(read(name, rows)) if name.endswith(ending) else read(name, rows)
 
         checkpoint.dense = altered  # type: ignore[method-assign]
 

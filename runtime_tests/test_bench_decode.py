@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> P
 def test_llama_cpps_build_has_our_weights_and_types(checkpoint: Path, tmp_path: Path) -> None:
     """Its Q4_0 file has our export's tensors, types and sizes, and the same integers up to the scale's sign."""
     opened = L4QCheckpoint.open(checkpoint)
-    export(opened, "gguf", tmp_path / "ours", ExportOptions(gguf_embeddings="q8_0"), check=False)
+    export(opened, "gguf", tmp_path / "ours", ExportOptions(gguf_embeddings="q8_0"), check="none")
     requantize(checkpoint, tmp_path / "own", gguf_q4_0)
     ours = {t.name: t for t in gguf.GGUFReader(next((tmp_path / "ours").glob("*.gguf"))).tensors}
     own = {t.name: t for t in gguf.GGUFReader(tmp_path / "own" / "model.gguf").tensors}
@@ -59,7 +59,7 @@ def test_q4_k_m_is_llama_cpps_recipe() -> None:
 
 def test_genai_generates_what_onnx_runtime_does(checkpoint: Path, tmp_path: Path) -> None:
     """The engine gives as many ids as asked for and those of a plain session; another prompt gives others."""
-    export(L4QCheckpoint.open(checkpoint), "onnx", tmp_path / "onnx", check=False)
+    export(L4QCheckpoint.open(checkpoint), "onnx", tmp_path / "onnx", check="none")
     with (
         RemoteEngine(GENAI, tmp_path / "onnx", intra_op_threads=1) as genai,
         RemoteEngine("onnxruntime", tmp_path / "onnx") as plain,

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from exporters.card import CARD_NAME
 from exporters.cli import command
-from exporters.container import FLOAT16_MAX, widen
+from exporters.container import FLOAT16_MAX, widen_packed
 from exporters.export import export, make_plan
 from exporters.plan import ExportOptions
 from l4q.config import QuantConfig
 from l4q.errors import UnsupportedError
+from l4q.packed_weight import PackedWeight
 from runtime_tests.engines import ggml_rows
 from runtime_tests.engines.ggml_rows import quantize_rows
 from runtime_tests.random_models import random_weight
@@ -112,11 +113,12 @@ def test_weights_beyond_float16_are_refused(zero_point: Any, reach: int) -> None
     scales[3, 1] = np.nextafter(np.float16(FLOAT16_MAX / reach), np.float16(0))
     fits = replace(weight, scales=scales, zeros=zeros, name="layer")
     assert np.float32(scales[3, 1]) * reach <= FLOAT16_MAX
-    assert widen(fits, 4) is fits
+    packed = PackedWeight.of(fits)
+    assert widen_packed(packed, 4) is packed
     scales = scales.copy()
     scales[3, 1] *= np.float16(1.002)  # two or three float16 numbers more
     with pytest.raises(UnsupportedError, match=r"(?s)a weight can exceed float16.*where: layer.*at most 65504"):
-        widen(replace(fits, scales=scales), 4)
+        widen_packed(PackedWeight.of(replace(fits, scales=scales)), 4)
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "compressed-tensors"])

@@ -17,7 +17,8 @@ from exporters.export import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.files import copy_files
-from l4q.shards import INDEX, ShardWriter
+from l4q.shard_layout import INDEX
+from l4q.shard_writer import ShardWriter
 from tools.bench_export_jobs import Worker
 from tools.bench_export_peers import PEERS, run_peer
 from tools.bench_float import write_float
@@ -38,7 +39,7 @@ def ours(name: str, **options: Any) -> Callable[[Path, Path, Path], None]:
     """Export the checkpoint to a format."""
 
     def build(checkpoint: Path, half: Path, out: Path) -> None:
-        export(L4QCheckpoint.open(checkpoint), name, out, ExportOptions(**options), check=False)
+        export(L4QCheckpoint.open(checkpoint), name, out, ExportOptions(**options), check="none")
 
     return build
 
@@ -80,7 +81,7 @@ def requantize(checkpoint: Path, out: Path, choose: Callable[[str, int, int], st
     import gguf
 
     plain = out.with_name(f"{out.name}-plain")
-    export(L4QCheckpoint.open(checkpoint), "gguf", plain, check=False)
+    export(L4QCheckpoint.open(checkpoint), "gguf", plain, check="none")
     reader = gguf.GGUFReader(next(plain.glob("*.gguf")))
     out.mkdir()
     writer = gguf.GGUFWriter(out / "model.gguf", arch=str(reader.fields["general.architecture"].contents()))

@@ -107,7 +107,7 @@ def export_once(checkpoint: Path, name: str, out: Path, *, check: bool) -> Expor
     before, before_private = reset_peak("cpu"), private_bytes()
     with private_peak(interval=0.02) as private:
         began = time.perf_counter()
-        export(L4QCheckpoint.open(checkpoint), name, out, check=check)
+        export(L4QCheckpoint.open(checkpoint), name, out, check="full" if check else "none")
         seconds = time.perf_counter() - began
     peak = peak_resident_bytes()
     return ExportCost(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.files import copy_files
-from l4q.shards import ShardWriter
+from l4q.shard_writer import ShardWriter
 
 if TYPE_CHECKING:
     import torch

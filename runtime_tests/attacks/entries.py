@@ -1,7 +1,7 @@
 """What reads files from strangers: the commands as a user runs them, and the readers of the library.
 
-Every entry takes the attacked folder, the good folders and a scratch folder, and returns an exit code; what it prints to
-stderr is the user's message.
+Every entry takes the attacked folder, the good folders and a scratch folder, and returns an exit code; what it prints
+to stderr is the user's message.
 """
 
 from __future__ import annotations
