@@ -91,14 +91,14 @@ def test_finished_shards_are_kept_and_damaged_ones_are_not(exports: Exports, tmp
     (stage / shards[0]).write_bytes(flipped)
     (stage / shards[1]).write_bytes((stage / shards[1]).read_bytes()[:-1])
     copies = {name: shutil.copytree(stage, tmp_path / name / ".gptq.staged") for name in ("other", "plain")}
-    inodes = {name: (stage / name).stat().st_ino for name in shards}
+    times = {name: (stage / name).stat().st_mtime_ns for name in shards}
     assert exports.run("gptq", tmp_path, "--resume").status == 0
     assert tree(tmp_path / "gptq") == whole
-    kept = [name for name in shards if (tmp_path / "gptq" / name).stat().st_ino == inodes[name]]
+    kept = [name for name in shards if (tmp_path / "gptq" / name).stat().st_mtime_ns == times[name]]
     assert kept == shards[2:]
     changed = exports.run("gptq", copies["other"].parent, "--resume", "--gptq-format", "gptq_v2")
     assert changed.status == 0, changed.text
-    assert not {(copies["other"].parent / "gptq" / name).stat().st_ino for name in shards} & set(inodes.values())
+    assert not {(copies["other"].parent / "gptq" / name).stat().st_mtime_ns for name in shards} & set(times.values())
     assert exports.run("gptq", copies["plain"].parent).status == 0
     assert tree(copies["plain"].parent / "gptq") == whole
 
