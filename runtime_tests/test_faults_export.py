@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from runtime_tests.reliability import record
 
 # format -> kills
 KILLS = {"gptq": 14, "awq": 8, "compressed-tensors": 8, "gguf": 7, "onnx": 7}
+TIMED_KILLS = 6
 
 
 @pytest.mark.parametrize("name", KILLS)
@@ -36,6 +39,30 @@ def test_killed_export_is_complete_or_absent(name: str, exports: Exports, tmp_pa
         shutil.rmtree(out)
     outcome = "target as it was or complete; the next run's bytes equal an undisturbed one's; nothing left over"
     record(f"export to {name}", "SIGKILL before the n-th change of its folder", count, outcome)
+
+
+def test_export_killed_at_any_time(exports: Exports, tmp_path: Path) -> None:
+    """As above, but at random times, which also fall inside of writes that libraries make in C."""
+    generator, kills, names = random.Random("any time"), 0, ("gguf", "onnx", "gptq")
+    while kills < TIMED_KILLS * ROUNDS:
+        name = names[kills % len(names)]
+        whole, began = exports.whole(name), time.monotonic()
+        before = exports.old(name, tmp_path)
+        assert exports.run(name, tmp_path, "--overwrite").status == 0
+        seconds = time.monotonic() - began
+        shutil.rmtree(tmp_path / name)
+        shutil.copytree(exports.folder / "old" / name, tmp_path / name)
+        started = exports.worker.start(exports.argv(name, tmp_path, "--overwrite"), tmp_path)
+        time.sleep(generator.random() * seconds)
+        killed = exports.worker.kill(started)
+        kills += killed.status == -9
+        assert tree(tmp_path / name) in (before, whole)
+        assert exports.run(name, tmp_path, "--overwrite", "--resume").status == 0
+        assert tree(tmp_path / name) == whole
+        assert not hidden(tmp_path)
+        shutil.rmtree(tmp_path / name)
+    outcome = "target as it was or complete; resumed, bytes equal an undisturbed run's; nothing left over"
+    record("export to GGUF, ONNX and GPTQ", "SIGKILL at a random time", kills, outcome)
 
 
 def test_the_comparison_notices_other_bytes(exports: Exports, tmp_path: Path) -> None:
