@@ -17,7 +17,7 @@ from exporters.verify import VerifyMode, VerifyReport, sample_modules, verify
 from l4q.checkpoint import L4QCheckpoint
 from l4q.checkpoint_files import source_digest
 from l4q.durable import sync_tree
-from l4q.errors import InexactError, UsageError, VerificationError
+from l4q.errors import InexactError, L4QError, UsageError, VerificationError
 from l4q.file_table import file_facts
 from l4q.files import refuse_existing, staged_folder
 from l4q.journal import Journal
@@ -157,6 +157,9 @@ class _Job:
             write_manifest(stage, self.checkpoint, self.plan, self.options, report, source=digest(), files=files)
             source.require_same()
             journal.close()
+        except L4QError:
+            source.require_same()  # what was read of two checkpoints says nothing of either
+            raise
         finally:
             journal.stop()
         return report

@@ -58,7 +58,7 @@ class FolderLock:
                     _write_owner(descriptor)
                     return cls(target, descriptor)
             except BaseException:
-                os.close(descriptor)
+                _let_go(descriptor, path)
                 raise
             os.close(descriptor)  # its last holder has removed the file meanwhile
 
@@ -67,10 +67,7 @@ class FolderLock:
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
-        with suppress(OSError):  # gone, with the folder it stood in
-            if _is_current(descriptor, lock_path(self._target)):
-                lock_path(self._target).unlink()
-        os.close(descriptor)
+        _let_go(descriptor, lock_path(self._target))
 
 
 @contextmanager
@@ -116,6 +113,15 @@ def _lock(descriptor: int, target: Path, *, wait: bool) -> None:
         )
     log.info("waiting for %s", holder)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _let_go(descriptor: int, path: Path) -> None:
+    """Close a lock file, and remove it unless another process holds it."""
+    with suppress(OSError):  # held by another, or gone with the folder it stood in
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_current(descriptor, path):
+            path.unlink()
+    os.close(descriptor)
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

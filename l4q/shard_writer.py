@@ -59,7 +59,7 @@ def write_shards(
 def _write_shard(folder: Path, layout: ShardLayout, produce: Producer) -> Path:
     part, final = folder / f".{layout.file_name}.part", folder / layout.file_name
     with open(part, "wb", buffering=0) as file:
-        os.pwrite(file.fileno(), layout.header, 0)
+        write_at(file.fileno(), np.frombuffer(layout.header, dtype=np.uint8), 0)
         for unit in layout.units:
             _write_unit(file.fileno(), layout, unit, produce(unit.name))
         os.fsync(file.fileno())

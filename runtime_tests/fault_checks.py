@@ -29,9 +29,9 @@ def hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".*")) if folder.exists() else []
 
 
-def moments(seed: str, changes: int, count: int) -> Iterator[int]:
-    """`count` different changes of 1 to `changes` to strike at, spread over the whole and reproducible."""
+def moments(seed: str, changes: int, count: int, *, first: int = 1) -> Iterator[int]:
+    """`count` changes of `first` to `changes` to strike at, spread over the whole and reproducible."""
     generator = random.Random(seed)
-    edges = [1 + changes * index // count for index in range(count + 1)]
+    edges = [first + (changes - first + 1) * index // count for index in range(count + 1)]
     for low, high in pairwise(edges):
         yield generator.randint(low, max(low, high - 1))

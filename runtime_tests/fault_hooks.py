@@ -15,11 +15,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from l4q import durable, files
+from runtime_tests.small_disk import NoSmallDisk, make_read_only, mount_small_disk
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
@@ -31,10 +33,16 @@ class Fault:
 
     at: int = 0
     """The change before which it happens, counted from 1; 0 is never."""
+    only: str = ""
+    """Count only changes of this name: "fsync", "os.rename", ..."""
     action: str = "kill"
     """A key of `ACTIONS`."""
     limit: int = 0
     """Largest file the process may write, in bytes; 0 is no limit."""
+    disk: int = 0
+    """Put the folder on a disk of this many bytes; `limit` it instead where nothing can be mounted."""
+    read_only: bool = False
+    """Make that disk read-only; refuse the second change instead where nothing can be mounted."""
     short: bool = False
     """Let every os.write and os.pwrite take half of what it is given."""
 
@@ -57,13 +65,29 @@ class Counter:
         return int.from_bytes(self._memory[:8], "little")
 
 
+def prepare(fault: Fault, root: Path) -> Fault:
+    """Put the folder on the disk the fault asks for, with what it holds; returns what is left to inject."""
+    if not fault.disk:
+        return fault
+    with TemporaryDirectory() as scratch:
+        shutil.copytree(root, scratch, dirs_exist_ok=True)
+        try:
+            mount_small_disk(root, fault.disk)
+            shutil.copytree(scratch, root, dirs_exist_ok=True)
+            if fault.read_only:
+                make_read_only(root)
+        except NoSmallDisk:
+            return replace(fault, at=2, action="read only") if fault.read_only else replace(fault, limit=4000)
+    return fault
+
+
 def install(fault: Fault, root: Path, counter: Counter) -> None:
     """Count changes below `root` in this process, and let the fault happen; cannot be undone."""
     state = {"busy": False}
     base = os.path.realpath(root)
 
     def step(call: str) -> None:
-        if counter.increase() == fault.at:
+        if call.startswith(fault.only) and counter.increase() == fault.at:
             state["busy"] = True  # what the action itself changes is not counted
             try:
                 ACTIONS[fault.action](root, call)
@@ -124,6 +148,7 @@ ACTIONS: dict[str, Callable[[Path, str], None]] = {
     "terminate": _send(signal.SIGTERM),
     "hang up": _send(signal.SIGHUP),
     "io error": _refuse(errno.EIO),
+    "read only": _refuse(errno.EROFS),
     "disk full": _refuse(errno.ENOSPC),
     "vanish": _vanish,
 }

@@ -15,9 +15,10 @@ import time
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from runtime_tests.fault_hooks import Counter, Fault, install
+from runtime_tests.fault_checks import tree
+from runtime_tests.fault_hooks import Counter, Fault, install, prepare
 
 COMMANDS = {
     "l4q-export": "exporters.cli",
@@ -44,10 +45,14 @@ class Outcome:
     """Changes to its folder that it began."""
     text: str
     """What it printed, stdout and stderr."""
+    left: dict[str, str] | None = None
+    """With `Fault.disk`, the `tree` of the folder at the end."""
+    mounted: bool = False
+    """Whether that disk was a real one."""
 
 
 class FaultWorker:
-    """Starts the process; `run` or `start` commands in it; `close` it."""
+    """Starts the process; `run` or `start` commands in it; leaving its context ends it."""
 
     def __init__(self, scratch: Path) -> None:
         """Keep logs in `scratch`."""
@@ -81,12 +86,24 @@ class FaultWorker:
     def wait(self, started: tuple[int, Path]) -> Outcome:
         """Wait for what `start` started."""
         answer = self._ask({"wait": started[0]})
-        return Outcome(**answer, text=started[1].read_text(encoding="utf-8", errors="replace"))
+        seen = started[1].with_suffix(".json")
+        disk = json.loads(seen.read_text(encoding="utf-8")) if seen.exists() else {}
+        return Outcome(**answer, **disk, text=started[1].read_text(encoding="utf-8", errors="replace"))
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.wait(timeout=60)
+    def kill(self, started: tuple[int, Path]) -> Outcome:
+        """Send SIGKILL to what `start` started, wherever it is."""
+        os.kill(started[0], signal.SIGKILL)
+        return self.wait(started)
+
+    def go_on(self, started: tuple[int, Path]) -> None:
+        """Let a process run on that stopped itself."""
+        os.kill(started[0], signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate(timeout=60)
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
@@ -139,8 +156,14 @@ def _run(request: dict[str, Any], counter: Counter) -> None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the parent's is buffered
         sys.argv = list(request["argv"])
         command = import_module(COMMANDS[sys.argv[0]]).command
-        install(Fault(**request["fault"]), Path(request["root"]), counter)
+        root = Path(request["root"])
+        asked = Fault(**request["fault"])
+        fault = prepare(asked, root)
+        install(fault, root, counter)
         code = status(command)
+        if asked.disk:  # nobody else sees that disk
+            seen = {"left": tree(root), "mounted": fault is asked}
+            Path(request["log"]).with_suffix(".json").write_text(json.dumps(seen), encoding="utf-8")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

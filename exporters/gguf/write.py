@@ -37,11 +37,9 @@ def write(
     on_tensor: Callable[[str], None],
     record: FileRecord = NOTHING_DONE,
 ) -> None:
-    """Write the planned file into `folder` and Ollama's Modelfile beside it; a complete file is kept.
+    """Write the planned file into `folder`, one tensor as it is stored in memory at a time, and Ollama's Modelfile.
 
-    One tensor is held in memory at a time, as it is stored.
-
-    Equal checkpoints give equal bytes: the metadata has no times or paths.
+    Equal checkpoints give equal bytes: the metadata has no times or paths. A file that `record` knows is kept.
     """
     path = folder / file_name(checkpoint, plan.tensors)
     vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
