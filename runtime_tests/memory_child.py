@@ -6,6 +6,8 @@ a JSON object: what was done -> [bytes above what was resident before, for the s
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -31,6 +33,8 @@ def status(field: str) -> int:
 
 def growth(work: Callable[[], object]) -> int:
     """How far the resident memory rose above its present size while `work` ran; every kind of page counts."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier work freed would hide what this work takes
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts from here
     work()
@@ -45,6 +49,11 @@ def random_model(source: Path, layers: int) -> Any:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     wrap_linears(model, QuantConfig(), LoraConfig(rank=2))
     return model
+
+
+def freeze(model: Any, source: Path, folder: Path) -> int:
+    """The peak of freezing and saving."""
+    return growth(lambda: save_l4q(model, folder, quant=QuantConfig(), side_files_from=source))
 
 
 def load(folder: Path) -> Any:
@@ -67,17 +76,15 @@ def hold(checkpoint: L4QCheckpoint) -> list[object]:
 
 def measure(source: Path, folder: Path, layers: int) -> dict[str, int]:
     """Every peak for one number of layers."""
-    peaks: dict[str, int] = {}
-    model = random_model(source, layers)
     saved = folder / "checkpoint"
-    peaks["freeze"] = growth(lambda: save_l4q(model, saved, quant=QuantConfig(), side_files_from=source))
-    del model
+    peaks = {"freeze": freeze(random_model(source, layers), source, saved)}
     checkpoint = L4QCheckpoint.open(saved)
     for name in EXPORTERS:
         peaks[name] = growth(lambda name=name: export(checkpoint, name, folder / name))  # type: ignore[misc]
     peaks["hold"] = growth(lambda: hold(checkpoint))
     peaks["bytes"] = (saved / "model.safetensors").stat().st_size
     loaded = load(saved)
+    evaluate(loaded)  # its weights are mapped and come in when they are first used
     peaks["evaluate"] = growth(lambda: evaluate(loaded))
     peaks["dequantize"] = growth(lambda: loaded.dequantize())
     return peaks

@@ -32,7 +32,7 @@ def test_peak_is_independent_of_size(peaks: dict[str, list[int]], name: str) -> 
     """A checkpoint of five times the layers needs no more memory, to within a fraction of what it is larger."""
     larger = more(peaks, "bytes")
     assert larger > 15 << 20
-    assert more(peaks, name) < larger / 3, peaks
+    assert more(peaks, name) < larger / 2, peaks
 
 
 def test_the_measurement_sees_what_is_held(peaks: dict[str, list[int]]) -> None:
