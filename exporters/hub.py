@@ -16,7 +16,7 @@ PLACE = "{format}"
 class HubError(L4QError):
     """A finished export that could not be pushed to the hub."""
 
-    exit_code = 5
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 def repositories(repo: str, formats: Sequence[str]) -> dict[str, str]:

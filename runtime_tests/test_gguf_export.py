@@ -44,8 +44,8 @@ def wrong_modules(checkpoint: L4QCheckpoint, folder: Path) -> list[str]:
 
 
 def gguf_file(folder: Path) -> Path:
-    """The only file of an export."""
-    (file,) = folder.iterdir()
+    """The only GGUF file of an export."""
+    (file,) = folder.glob("*.gguf")
     return file
 
 

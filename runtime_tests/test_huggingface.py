@@ -229,5 +229,5 @@ def test_python_of_the_page_runs(
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
-        exec(block.replace("max_steps=100", "max_steps=2, report_to='none'"), {})  # noqa: S102 -- our own page
+        exec(block.replace("max_steps=100", "max_steps=2, report_to='none', use_cpu=True, bf16=False"), {})  # noqa: S102 -- our own page
     assert L4QCheckpoint.open("checkpoint").quant == QuantConfig()

@@ -88,11 +88,11 @@ def test_every_byte_arrives(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_refused_token_leaves_the_export(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
-    """Exit code 5 and one message that says how to push again; the local folder is complete and verified."""
+    """Exit code 69 and one message that says how to push again; the local folder is complete and verified."""
     out = tmp_path / "out"
     words = (checkpoint, "--to", "gguf", "--out", out, "--push-to-hub", "me/king", "--revision", "v1")
     finished = run_export(hub, *words, token="hf_other")
-    assert finished.returncode == 5
+    assert finished.returncode == 69
     assert "the export is complete, but could not be pushed to the hub" in finished.stderr
     assert "401" in finished.stderr
     assert f"hf upload me/king {out / 'gguf'} --revision v1" in finished.stderr
@@ -140,7 +140,7 @@ def test_failures_on_the_way(hub: Hub, checkpoint: Path, tmp_path: Path) -> None
             hub.faults = {path: status}
             answer = push_once()
             assert isinstance(answer, dict), label
-            assert answer["code"] == 5, label
+            assert answer["code"] == 69, label
             assert said in answer["error"], (label, answer)
             assert f"hf upload me/king {folder} --revision v1" in answer["error"], label
             assert not hub.branches["me/king", "v1"], label

@@ -89,9 +89,11 @@ def test_checkers_pass(built: Built, tmp_path: Path) -> None:
     finished = check(*words, built.wheel, cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout
     spoiled = tmp_path / built.wheel.name
-    shutil.copy(built.wheel, spoiled)
-    with zipfile.ZipFile(spoiled, "a") as archive:
-        archive.writestr("tools/__init__.py", '"""Not meant to be installed."""\n')
+    with zipfile.ZipFile(built.wheel) as old, zipfile.ZipFile(spoiled, "w") as new:
+        for name in old.namelist():
+            extra = b"tools/__init__.py,sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU,0\n"  # of no bytes
+            new.writestr(name, old.read(name) + (extra if name.endswith("/RECORD") else b""))
+        new.writestr("tools/__init__.py", b"")
     finished = check(*words, spoiled, cwd=tmp_path)
     assert finished.returncode != 0
     assert "tools" in finished.stdout
