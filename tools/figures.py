@@ -115,7 +115,7 @@ def gradients() -> str:
     names = (("by W", "by W0 and αBA (eq 17)", BLUE), ("by s", "by s (eq 19)", RED), ("by b", "by b (eq 21)", GREEN))
     for row, (name, label, colour) in enumerate(names):
         parts.append(axes.line(list(zip(weights, curves[name], strict=True)), colour))
-        parts.append(text(120, HEIGHT - 90 + 22 * row, label, colour=colour))
+        parts.append(text(350, HEIGHT - 90 + 22 * row, label, colour=colour))
     return svg(parts, "Gradients through the quantizer")
 
 
@@ -137,7 +137,9 @@ def paths() -> str:
         if extra:
             parts.append(f'<path d="M{MARGIN + 310} {y + 62}h105v-22m-5 7l5 -7l5 7" fill="none" stroke="{RED}"/>')
             parts.append(text(MARGIN + 175, y + 67, extra, colour=RED))
-    parts.append(text(MARGIN, 276, "Trained in both: A, B, s, b. Frozen: W0.", colour=BLUE))
+    parts.append(
+        text(MARGIN, 276, "Trained by QLoRA: A and B; by QAT-LoRA and L4Q: A, B, s and b. W0 is frozen.", colour=BLUE)
+    )
     return svg(parts, "Where LoRA is added")
 
 
