@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_files_that_are_no_training_data(tmp_path: Path, message: str) -> None:
 REFUSED: dict[str, tuple[type[L4QError], Callable[[], object]]] = {
     "an override needs a pattern and a field": (UsageError, lambda: Override(pattern="", bits=3)),
     "the kernels do not run there": (UnsupportedError, lambda: kernels_for("numba", "cpu", torch.float64)),
-    "unknown kernels": (UsageError, lambda: require_kernels("fast")),  # type: ignore[arg-type]
+    "unknown kernels": (UsageError, lambda: require_kernels("fast")),
     "a trained grid cannot change its bits or group size": (
         UsageError,
         lambda: layer().regrid(QuantConfig(bits=3, group_size=32)),
@@ -144,7 +145,7 @@ def test_models_that_do_not_load(glassllm_dir: Path, tmp_path: Path) -> None:
     """A folder without weights, one of no known architecture, and sequences longer than the model reads."""
     data = tmp_path / "data.txt"
     data.write_text("some words to train on\n" * 200)
-    options = {"data": (data,), "out": tmp_path / "run", "steps": 1}
+    options: dict[str, Any] = {"data": (data,), "out": tmp_path / "run", "steps": 1}
     shutil.copytree(glassllm_dir, tmp_path / "empty", ignore=lambda folder, names: ["model.safetensors"])
     with pytest.raises(UsageError, match="the model cannot be loaded"):
         load_model(TrainOptions(model=str(tmp_path / "empty"), **options))

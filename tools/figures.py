@@ -72,7 +72,7 @@ def sweep() -> tuple[list[float], dict[str, list[float]]]:
     from l4q.config import LoraConfig, QuantConfig
     from l4q.linear import L4QLinear
 
-    swept = torch.linspace(-3.2, 2.7, SWEEP)
+    swept = torch.linspace(-3.207, 2.703, SWEEP)  # no point lies on a border between two codes
     weight = nn.Parameter(swept[:, None].repeat(1, 32))
     quant = QuantConfig(bits=BITS, group_size=32, zero_point="float")
     layer = L4QLinear(weight, None, quant, LoraConfig(rank=1, alpha=1.0), kernels="eager")
@@ -97,7 +97,7 @@ def sweep() -> tuple[list[float], dict[str, list[float]]]:
 def staircase() -> str:
     """W to W_q."""
     weights, curves = sweep()
-    axes = Axes(x=(-3.2, 2.7), y=(-2.4, 2.0))
+    axes = Axes(x=(-3.21, 2.71), y=(-2.4, 2.0))
     levels = [SCALE * code + OFFSET for code in range(-(2 ** (BITS - 1)), 2 ** (BITS - 1))]
     parts = axes.frame("W = W0 + αBA", "W_q", levels)
     parts.append(axes.line([(-2.4, -2.4), (2.0, 2.0)], FAINT, "4 4"))
@@ -110,7 +110,7 @@ def staircase() -> str:
 def gradients() -> str:
     """The derivatives of W_q by W, s and b."""
     weights, curves = sweep()
-    axes = Axes(x=(-3.2, 2.7), y=(-4.6, 3.6))
+    axes = Axes(x=(-3.21, 2.71), y=(-4.6, 3.6))
     parts = axes.frame("W", "derivative of W_q", [-3, -2, -1, 1, 2])
     names = (("by W", "by W0 and αBA (eq 17)", BLUE), ("by s", "by s (eq 19)", RED), ("by b", "by b (eq 21)", GREEN))
     for row, (name, label, colour) in enumerate(names):
