@@ -164,16 +164,17 @@ def texts_of_tests(root: Path = PROJECT) -> list[str]:
 
 
 def is_named(message: Message, texts: Iterable[str]) -> bool:
-    """Whether a test's text is part of the message, or holds the longest part of it that never changes.
+    """Whether a test's text is part of the message, or is it filled in, or holds its longest part that never changes.
 
     A text of one word counts only if it is the whole message: words such as "checkpoint" occur everywhere.
     """
     parts = literal_parts(message.what)
     longest = max(parts, key=len, default="")
+    whole = re.compile(".+".join(map(re.escape, re.split(r"\{[^{}]*\}", message.what)))) if parts else None
     for text in texts:
         if any(text in part and (" " in text or text == part) for part in parts):
             return True
-        if len(longest) >= LEAST and longest in text:
+        if (len(longest) >= LEAST and longest in text) or (whole is not None and whole.fullmatch(text)):
             return True
     return False
 

@@ -72,7 +72,7 @@ def sweep() -> tuple[list[float], dict[str, list[float]]]:
     from l4q.config import LoraConfig, QuantConfig
     from l4q.linear import L4QLinear
 
-    swept = torch.linspace(-3.2, 2.7, SWEEP)
+    swept = torch.linspace(-3.207, 2.703, SWEEP)  # no point lies on a border between two codes
     weight = nn.Parameter(swept[:, None].repeat(1, 32))
     quant = QuantConfig(bits=BITS, group_size=32, zero_point="float")
     layer = L4QLinear(weight, None, quant, LoraConfig(rank=1, alpha=1.0), kernels="eager")
@@ -97,7 +97,7 @@ def sweep() -> tuple[list[float], dict[str, list[float]]]:
 def staircase() -> str:
     """W to W_q."""
     weights, curves = sweep()
-    axes = Axes(x=(-3.2, 2.7), y=(-2.4, 2.0))
+    axes = Axes(x=(-3.21, 2.71), y=(-2.4, 2.0))
     levels = [SCALE * code + OFFSET for code in range(-(2 ** (BITS - 1)), 2 ** (BITS - 1))]
     parts = axes.frame("W = W0 + αBA", "W_q", levels)
     parts.append(axes.line([(-2.4, -2.4), (2.0, 2.0)], FAINT, "4 4"))
@@ -110,12 +110,12 @@ def staircase() -> str:
 def gradients() -> str:
     """The derivatives of W_q by W, s and b."""
     weights, curves = sweep()
-    axes = Axes(x=(-3.2, 2.7), y=(-4.6, 3.6))
+    axes = Axes(x=(-3.21, 2.71), y=(-4.6, 3.6))
     parts = axes.frame("W", "derivative of W_q", [-3, -2, -1, 1, 2])
     names = (("by W", "by W0 and αBA (eq 17)", BLUE), ("by s", "by s (eq 19)", RED), ("by b", "by b (eq 21)", GREEN))
     for row, (name, label, colour) in enumerate(names):
         parts.append(axes.line(list(zip(weights, curves[name], strict=True)), colour))
-        parts.append(text(120, HEIGHT - 90 + 22 * row, label, colour=colour))
+        parts.append(text(350, HEIGHT - 90 + 22 * row, label, colour=colour))
     return svg(parts, "Gradients through the quantizer")
 
 
@@ -137,7 +137,9 @@ def paths() -> str:
         if extra:
             parts.append(f'<path d="M{MARGIN + 310} {y + 62}h105v-22m-5 7l5 -7l5 7" fill="none" stroke="{RED}"/>')
             parts.append(text(MARGIN + 175, y + 67, extra, colour=RED))
-    parts.append(text(MARGIN, 276, "Trained in both: A, B, s, b. Frozen: W0.", colour=BLUE))
+    parts.append(
+        text(MARGIN, 276, "Trained by QLoRA: A and B; by QAT-LoRA and L4Q: A, B, s and b. W0 is frozen.", colour=BLUE)
+    )
     return svg(parts, "Where LoRA is added")
 
 

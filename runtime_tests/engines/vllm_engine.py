@@ -22,13 +22,20 @@ import torch
 CAPTURE_TOLERANCE = 1e-4
 
 
+def context_length(folder: Path, otherwise: int) -> int:
+    """The longest sequence config.json says the model reads; `otherwise` if it does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or otherwise)
+
+
 class Engine:
     """One vLLM model with eager execution, no prefix cache and one sequence at a time.
 
     Args:
         model: Folder with config.json and weights; no tokenizer is needed.
         dtype: Activation dtype; vLLM's int4 kernels take float16 and bfloat16.
-        max_model_len: Longest prompt plus answer in tokens; a prompt is always one prefill step.
+        max_model_len: Longest prompt plus answer in tokens, cut to the model's context; a prompt is always one prefill
+            step.
         tensor_parallel: Ranks the model is split over, each a process of its own. With more than one the rows are those
             that vLLM reports, which is slow, because nothing can be wrapped in other processes.
     """
@@ -38,6 +45,7 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
+        max_model_len = min(max_model_len, context_length(Path(model), max_model_len))
         self._llm = LLM(
             model,
             dtype=dtype,
