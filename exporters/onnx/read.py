@@ -92,6 +92,15 @@ def _with_data(tensor: onnx.TensorProto, path: Path) -> onnx.TensorProto:
             raise UsageError(
                 "external data cannot be read", where=f"{path}: {tensor.name}", got=error, remedy="export again"
             ) from error
+        stated = next((int(entry.value) for entry in copy.external_data if entry.key == "length"), len(copy.raw_data))
+        if len(copy.raw_data) != stated:  # onnx before 1.20 hands over what there is
+            raise UsageError(
+                "external data cannot be read",
+                where=f"{path}: {tensor.name}",
+                got=f"{len(copy.raw_data)} bytes",
+                expected=stated,
+                remedy="export again",
+            )
         copy.ClearField("external_data")
         copy.data_location = onnx.TensorProto.DEFAULT
     return copy
