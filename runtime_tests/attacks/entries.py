@@ -1,7 +1,7 @@
 """What reads files from strangers: the commands as a user runs them, and the readers of the library.
 
-Every entry takes the attacked folder, the good folders and a scratch folder, and returns an exit code; what it prints to
-stderr is the user's message.
+Every entry takes the attacked folder, the good folders and a scratch folder, and returns an exit code; what it prints
+to stderr is the user's message.
 """
 
 from __future__ import annotations
@@ -84,18 +84,7 @@ def train(folder: Path, bases: Bases, scratch: Path, *, flags: tuple[str, ...] =
     """l4q-train MODEL."""
     from l4q.cli_train import command
 
-    return _command(
-        command,
-        _model(folder),
-        "--data",
-        bases["text"],
-        "--out",
-        scratch / "run",
-        *STEPS,
-        "--base-storage",
-        "dense",
-        *flags,
-    )
+    return _command(command, _model(folder), "--data", bases["text"], "--out", scratch / "run", *STEPS, *flags)
 
 
 def data(folder: Path, bases: Bases, scratch: Path) -> int:
