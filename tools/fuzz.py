@@ -58,7 +58,7 @@ def example(target_seeds: Sequence[bytes], parser: str, seed: int, number: int) 
 
 
 def judge(target: Target, content: bytes) -> str:
-    """ "accepted", "refused", or the defect."""
+    """Read one input; the verdict is "accepted", "refused", or what went wrong."""
     try:
         target.read(content)
     except L4QError:
