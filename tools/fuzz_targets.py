@@ -237,6 +237,19 @@ def _small_onnx() -> tuple[bytes, ...]:
     return tuple(found)
 
 
+def _start_seeds(base: str) -> Callable[[], tuple[bytes, ...]]:
+    """One module and one norm of a quantized folder."""
+
+    def seeds() -> tuple[bytes, ...]:
+        from safetensors.torch import load_file, save
+
+        found = load_file(_bases()[base] / "model.safetensors")
+        kept = {name: found[name] for name in found if "0.self_attn.k_proj" in name or name == "model.norm.weight"}
+        return (bytes(save(kept, {"format": "pt"})),)
+
+    return seeds
+
+
 def _read_start(base: str) -> Callable[[bytes], None]:
     def read(content: bytes) -> None:
         from l4q.starts import open_start
@@ -312,10 +325,8 @@ TARGETS: dict[str, Target] = {
     "tokenizer": Target(seeds=_seeds("l4q", "tokenizer.json"), read=_read_tokenizer),
     "gguf": Target(seeds=_small_gguf, read=_read_gguf),
     "onnx": Target(seeds=_small_onnx, read=_read_onnx),
-    "gptq": Target(seeds=_seeds("gptq", "model.safetensors"), read=_read_start("gptq")),
-    "compressed-tensors": Target(
-        seeds=_seeds("compressed-tensors", "model.safetensors"), read=_read_start("compressed-tensors")
-    ),
+    "gptq": Target(seeds=_start_seeds("gptq"), read=_read_start("gptq")),
+    "compressed-tensors": Target(seeds=_start_seeds("compressed-tensors"), read=_read_start("compressed-tensors")),
     "jsonl": Target(seeds=_record_seeds, read=_read_records(".jsonl")),
     "json": Target(seeds=_list_seeds, read=_read_records(".json")),
     "rules": Target(seeds=_rule_seeds, read=_read_rule),
