@@ -26,6 +26,7 @@ import click
 
 from l4q.cli_common import run
 from l4q.errors import L4QError, UsageError, VerificationError
+from runtime_tests.reliability import record
 from tools.fuzz_mutate import mutate
 from tools.fuzz_targets import TARGETS, Target, scratch
 
@@ -178,8 +179,11 @@ def _address_space() -> int:
 @click.option("--examples", type=click.IntRange(1), default=100_000, show_default=True, help="In all, per parser.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every example.")
 @click.option("--minutes", type=float, help="Stop after this time, per parser; the same command continues.")
+@click.option("--record", "recorded", is_flag=True, help="Put finished runs into the fault report.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where failures are kept.")
-def command(parsers: tuple[str, ...], examples: int, seed: int, minutes: float | None, out: Path) -> None:
+def command(
+    parsers: tuple[str, ...], examples: int, seed: int, minutes: float | None, recorded: bool, out: Path
+) -> None:
     """Damage valid inputs of each PARSER and watch that l4q refuses them or reads them, and nothing else."""
     failed = 0
     try:
@@ -192,6 +196,9 @@ def command(parsers: tuple[str, ...], examples: int, seed: int, minutes: float |
                 f"{len(state.failures)} failures, {time.monotonic() - began:.0f} s"
             )
             sys.stdout.flush()
+            if recorded and state.done >= examples and not state.failures:
+                outcome = f"{state.refused:,} refused, {state.accepted:,} read, nothing else"
+                record("hostile input", f"fuzz, {parser}, recorded run", state.done, outcome)
     finally:
         shutil.rmtree(scratch(), ignore_errors=True)
     if failed:

@@ -15,7 +15,7 @@ def usage() -> str:
 
 ```bash
 llama-cli -m *.gguf -p "Hello"
-llama-server -m *.gguf
+llama-server -m *.gguf --host 127.0.0.1
 ```
 
 From Python, with `pip install xllamacpp`:

@@ -80,10 +80,7 @@ ONNX: dict[str, Change] = {
     "a length of 2**62": raw(b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x3f", MODEL),
     "nested 10,000 deep": raw(b"\x3a\x7f" * 10_000, MODEL),
     "truncated": lambda folder: os.truncate(folder / MODEL, (folder / MODEL).stat().st_size // 2),
-    "external data in the folder above": lambda folder: [
-        _place(location=f"../{DATA}")(folder),
-        _outside(folder, link=False),
-    ],
+    "external data in the folder above": _above,
     "external data at an absolute path": _place(location="/etc/passwd"),
     "external data a link out of the folder": partial(_outside, linked=True),
     "external data /dev/zero": link(DATA, "/dev/zero"),
