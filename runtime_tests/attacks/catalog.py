@@ -56,6 +56,7 @@ ATTACKS: tuple[Attack, ...] = (
     *_checkpoint("checkpoint index", safetensors_files.INDEXES),
     *_checkpoint("checkpoint config", configs.CONFIGS),
     *_checkpoint("checkpoint section", configs.SECTIONS, ()),
+    *_table("checkpoint links", "l4q", configs.LINKS, ("read", "export awq", "export onnx")),
     *_checkpoint("checkpoint values", values.VALUES, ()),
     *_table("checkpoint tokenizer", "l4q", configs.TOKENIZERS, ("export gguf",)),
     *_table("model header", "dense", safetensors_files.HEADERS, DENSE),

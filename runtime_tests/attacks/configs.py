@@ -100,6 +100,9 @@ SECTIONS: dict[str, Change] = {
     "no embedding": drop("model.embed_tokens.weight"),
     "a layer without one linear": drop(*(f"{MODULE}.{part}" for part in PARTS)),
     "a layer without one norm": drop("model.layers.1.input_layernorm.weight"),
+}
+# Files that exports copy
+LINKS: dict[str, Change] = {
     "licence a link out of the folder": link("LICENSE", "/etc/hostname"),
     "tokenizer a link out of the folder": link(TOKENIZER, "/etc/hostname"),
 }
