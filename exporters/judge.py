@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from exporters.environment import minimal_environment
 from exporters.words import WORD_BITS
 from l4q.errors import L4QError, UnsupportedError, UsageError, VerificationError
 from l4q.weight import F32
@@ -61,7 +62,7 @@ def read_elsewhere(name: str, folder: Path, only: Collection[str] | None = None)
     """
     judges = _judges()
     paths = [str(judges), str(PROJECT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**minimal_environment(), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryDirectory(prefix="l4q-judge-") as scratch, open(Path(scratch) / "log", "w+b") as log:
         command = [sys.executable, "-m", "exporters.judge_child", name, str(folder), scratch]
         if only is not None:

@@ -168,7 +168,7 @@ def check_size(model: Any, path: Path) -> None:
 
 
 def _numbers(content: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything that is no object, at any depth, lists unfolded under their key, null left out.
+    """(key, value) of all values at any depth, lists unfolded under their key; null is left out.
 
     What quantization_config counts is its readers' to check: -1 is a group size there.
     """
@@ -179,6 +179,7 @@ def _numbers(content: Any) -> Iterator[tuple[str, Any]]:
             stack += [(name, child) for name, child in value.items() if name != "quantization_config"]
         elif isinstance(value, list):
             stack += [(key, child) for child in value]
+            yield from ((key, child) for child in value if isinstance(child, Mapping))
         elif value is not None:
             yield key, value
 

@@ -15,7 +15,7 @@ def usage() -> str:
 
 ```bash
 llama-cli -m *.gguf -p "Hello"
-llama-server -m *.gguf
+llama-server -m *.gguf --host 127.0.0.1
 ```
 
 Ollama takes the `Modelfile` beside it, LM Studio imports the file into its folder of models:

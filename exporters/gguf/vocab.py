@@ -18,7 +18,7 @@ import gguf
 from exporters.gguf.metadata import MetadataValue
 from l4q.errors import UsageError
 from l4q.guards import foreign
-from l4q.json_files import TOKENIZER_BYTES, read_object
+from l4q.json_files import TOKENIZER_BYTES, check_json_files, read_object
 
 Json = dict[str, Any]
 
@@ -37,6 +37,9 @@ PRE_TOKENIZERS: Final[dict[tuple[tuple[str, ...], bool], str]] = {
     ((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", BYTE_LEVEL), False): "qwen2",
 }
 """`tokenizer.ggml.pre` by the pre-tokenizer's steps and the BPE model's ignore_merges."""
+
+SETTINGS: Final = ("tokenizer_config.json", "config.json", "generation_config.json")
+"""What gguf-py's SpecialVocab reads beside tokenizer.json."""
 
 IDS_ONLY: Final = "the file has no text vocabulary: give llama.cpp token ids, not text"
 _SPACE: Final = "▁"
@@ -71,6 +74,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     if not path.is_file():
         return _ids_only("no tokenizer.json in the checkpoint")
     with foreign("the tokenizer cannot be read", where=path, remedy="copy the tokenizer files again"):
+        check_json_files(tuple(folder / name for name in SETTINGS if (folder / name).exists()))
         return _read_vocabulary(folder, path, vocab_size)
 
 

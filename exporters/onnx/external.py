@@ -15,7 +15,8 @@ from l4q.inside import lies_inside
 MOST_BYTES = (1 << 31) - 1
 """Of a protobuf message; larger models keep their tensors outside."""
 MOST_DIMENSIONS = 8
-KEYS = {"location", "offset", "length", "checksum", "basepath"}
+KEYS = {"location", "offset", "length", "checksum"}
+"""Of external data; basepath, which would lead elsewhere, is none of them."""
 BITS = {"UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2}
 BITS |= dict.fromkeys(("INT8", "UINT8", "BOOL"), 8) | dict.fromkeys(("INT16", "UINT16", "FLOAT16", "BFLOAT16"), 16)
 BITS |= dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32)
@@ -88,7 +89,7 @@ def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, wher
     location = place.get("location", "")
     parts = PurePosixPath(location).parts
     plain = bool(parts) and ".." not in parts and location.isprintable() and not PurePosixPath(location).is_absolute()
-    if not plain or PureWindowsPath(location).drive or "\\" in location or "basepath" in place:
+    if not plain or PureWindowsPath(location).drive or "\\" in location or not place.keys() <= KEYS:
         raise UsageError(
             "external data points outside its folder", where=where, got=location, expected="a file of the folder"
         )

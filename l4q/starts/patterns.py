@@ -7,6 +7,7 @@ so these are refused; what is left costs a power of the name's length, which is 
 from __future__ import annotations
 
 import re
+import warnings
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
@@ -30,8 +31,10 @@ def matches_pattern(pattern: object, name: str, where: str) -> bool:
     if len(name) > LONGEST_NAME:
         raise _refused(where, name, f"module names of at most {LONGEST_NAME} characters")
     try:
-        repeats = _unbounded(_parser.parse(pattern), inside=False)
-        matcher = re.compile(pattern)
+        with warnings.catch_warnings():  # of "[[", which may mean something else one day
+            warnings.simplefilter("ignore", FutureWarning)
+            repeats = _unbounded(_parser.parse(pattern), inside=False)
+            matcher = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise _refused(where, f"{pattern}: {error}", "a regular expression") from error
     if repeats is None or repeats > MOST_REPEATS:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime_tests.attacks import configs, gguf_files, onnx_files, safetensors_files, starts, training, values
@@ -39,8 +38,12 @@ def _table(area: str, base: str, changes: dict[str, Change], entries: tuple[str,
     return [Attack(area=area, name=name, base=base, change=change, entries=entries) for name, change in changes.items()]
 
 
-def _only(changes: dict[str, Change], wanted: Callable[[str], bool]) -> dict[str, Change]:
-    return {name: change for name, change in changes.items() if wanted(name)}
+def _checkpoint(area: str, changes: dict[str, Change], also: tuple[str, ...] = ("inspect",)) -> list[Attack]:
+    """Attacks on an L4Q checkpoint: read, and exported to two formats, which take turns."""
+    return [
+        replace(attack, entries=("read", *also, *(EXPORTS[(number + step) % len(EXPORTS)] for step in (0, 2))))
+        for number, attack in enumerate(_table(area, "l4q", changes, ()))
+    ]
 
 
 def _nothing(folder: Path) -> None:
@@ -49,11 +52,12 @@ def _nothing(folder: Path) -> None:
 
 # config.json of a dense folder says nothing that l4q-inspect reads beyond its JSON and its limits
 ATTACKS: tuple[Attack, ...] = (
-    *_table("checkpoint header", "l4q", safetensors_files.HEADERS, L4Q),
-    *_table("checkpoint index", "l4q", safetensors_files.INDEXES, L4Q),
-    *_table("checkpoint config", "l4q", configs.CONFIGS, L4Q),
-    *_table("checkpoint section", "l4q", configs.SECTIONS, ("read", *EXPORTS)),
-    *_table("checkpoint values", "l4q", values.VALUES, ("read", *EXPORTS)),
+    *_checkpoint("checkpoint header", safetensors_files.HEADERS),
+    *_checkpoint("checkpoint index", safetensors_files.INDEXES),
+    *_checkpoint("checkpoint config", configs.CONFIGS),
+    *_checkpoint("checkpoint section", configs.SECTIONS, ()),
+    *_table("checkpoint links", "l4q", configs.LINKS, ("read", "export awq", "export onnx")),
+    *_checkpoint("checkpoint values", values.VALUES, ()),
     *_table("checkpoint tokenizer", "l4q", configs.TOKENIZERS, ("export gguf",)),
     *_table("model header", "dense", safetensors_files.HEADERS, DENSE),
     *_table("model index", "dense", safetensors_files.INDEXES, DENSE),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from runtime_tests.attacks.edit import CONFIG, Change, config, drop, grown, json_file, raw, section, without
+from runtime_tests.attacks.edit import CONFIG, Change, config, drop, grown, json_file, link, raw, section, without
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -17,14 +16,6 @@ _DEEP = b'{"a":' * 100_000
 
 def _pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def _link(name: str) -> Change:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.symlink("/etc/hostname", folder / name)
-
-    return damage
 
 
 def _vocabulary(value: Any) -> Change:
@@ -46,7 +37,7 @@ CONFIGS: dict[str, Change] = {
     "config nested 200 deep": raw(b'{"a":' * 200 + b"1" + b"}" * 200, CONFIG),
     "config of 40 MB": grown(CONFIG, 40 << 20),
     "config an integer of 5,000 digits": raw(b'{"num_hidden_layers": ' + b"9" * 5000 + b"}", CONFIG),
-    "config a link to /dev/zero": lambda folder: [(folder / CONFIG).unlink(), os.symlink("/dev/zero", folder / CONFIG)],
+    "config a link to /dev/zero": link(CONFIG, "/dev/zero"),
     "a billion layers": config(num_hidden_layers=10**9),
     "minus one layer": config(num_hidden_layers=-1),
     "layers as text": config(num_hidden_layers="2"),
@@ -109,8 +100,11 @@ SECTIONS: dict[str, Change] = {
     "no embedding": drop("model.embed_tokens.weight"),
     "a layer without one linear": drop(*(f"{MODULE}.{part}" for part in PARTS)),
     "a layer without one norm": drop("model.layers.1.input_layernorm.weight"),
-    "licence a link out of the folder": _link("LICENSE"),
-    "tokenizer a link out of the folder": _link(TOKENIZER),
+}
+# Files that exports copy
+LINKS: dict[str, Change] = {
+    "licence a link out of the folder": link("LICENSE", "/etc/hostname"),
+    "tokenizer a link out of the folder": link(TOKENIZER, "/etc/hostname"),
 }
 
 TOKENIZERS: dict[str, Change] = {

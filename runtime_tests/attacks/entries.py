@@ -84,18 +84,7 @@ def train(folder: Path, bases: Bases, scratch: Path, *, flags: tuple[str, ...] =
     """l4q-train MODEL."""
     from l4q.cli_train import command
 
-    return _command(
-        command,
-        _model(folder),
-        "--data",
-        bases["text"],
-        "--out",
-        scratch / "run",
-        *STEPS,
-        "--base-storage",
-        "dense",
-        *flags,
-    )
+    return _command(command, _model(folder), "--data", bases["text"], "--out", scratch / "run", *STEPS, *flags)
 
 
 def data(folder: Path, bases: Bases, scratch: Path) -> int:

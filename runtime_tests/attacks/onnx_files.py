@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx
 
-from runtime_tests.attacks.edit import Change, raw
+from runtime_tests.attacks.edit import Change, link, raw
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -47,16 +48,16 @@ def _place(**values: str) -> Change:
     return _tensor(change)
 
 
-def _outside(folder: Path, *, link: bool) -> None:
+def _outside(folder: Path, *, linked: bool) -> None:
     """Put the data beside the folder, and a link to it inside or a path that leads there."""
     shutil.move(folder / DATA, folder.parent / DATA)
-    if link:
+    if linked:
         os.symlink(folder.parent / DATA, folder / DATA)
 
 
 def _above(folder: Path) -> None:
     _place(location=f"../{DATA}")(folder)
-    _outside(folder, link=False)
+    _outside(folder, linked=False)
 
 
 def _dims(*sizes: int) -> Change:
@@ -79,13 +80,10 @@ ONNX: dict[str, Change] = {
     "a length of 2**62": raw(b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x3f", MODEL),
     "nested 10,000 deep": raw(b"\x3a\x7f" * 10_000, MODEL),
     "truncated": lambda folder: os.truncate(folder / MODEL, (folder / MODEL).stat().st_size // 2),
-    "external data in the folder above": lambda folder: [
-        _place(location=f"../{DATA}")(folder),
-        _outside(folder, link=False),
-    ],
+    "external data in the folder above": _above,
     "external data at an absolute path": _place(location="/etc/passwd"),
-    "external data a link out of the folder": lambda folder: _outside(folder, link=True),
-    "external data /dev/zero": lambda folder: [(folder / DATA).unlink(), os.symlink("/dev/zero", folder / DATA)],
+    "external data a link out of the folder": partial(_outside, linked=True),
+    "external data /dev/zero": link(DATA, "/dev/zero"),
     "external data on another drive": _place(location="C:\\secret"),
     "external data with a base path": _place(basepath="/etc"),
     "external data nowhere": _place(location=""),

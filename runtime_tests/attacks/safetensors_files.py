@@ -56,6 +56,11 @@ def _trailing(folder: Path) -> None:
         file.write(b"hidden" * 100)
 
 
+def _hole(folder: Path) -> None:
+    _trailing(folder)
+    _spans(_move(600))(folder)
+
+
 def _truncated(folder: Path) -> None:
     os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 1)
 
@@ -94,7 +99,7 @@ HEADERS: dict[str, Change] = {
     "a tensor twice": header_text(_duplicate),
     "overlapping tensors": _spans(_swap),
     "offsets outside the file": _spans(_move(1 << 20)),
-    "a hole before the last tensor": lambda folder: [_trailing(folder), _spans(_move(600))(folder)],
+    "a hole before the last tensor": _hole,
     "bytes behind the last tensor": _trailing,
     "negative offset": one(data_offsets=[-8, 8]),
     "offset 2**63": one(data_offsets=[0, 1 << 63]),

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from exporters.environment import INHERITED, OFFLINE
 from l4q.errors import L4QError, UsageError
 from runtime_tests.engines.strays import MARKER, end_marked
 
@@ -41,25 +42,12 @@ ENGINES = {
 # `make judges` fills it with what cannot live in the environment (tools/fetch_judges.py)
 JUDGES = PROJECT / "build" / "judges"
 
-# The worker sees these variables of ours and the tables below, nothing else: a run does not depend on the shell.
-INHERITED = (
-    "PATH",
-    "HOME",
-    "USER",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES",
-    "SSL_CERT_FILE",
-)
+# The worker sees these and the INHERITED variables of ours, nothing else: a run does not depend on the shell.
 COMMON_ENV = {
+    **OFFLINE,
     "PYTHONUNBUFFERED": "1",
     "PYTHONSAFEPATH": "1",  # keep this folder off the worker's sys.path
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "DO_NOT_TRACK": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: spinning ones are 10 times slower on a contended machine
 }
 ENGINE_ENV = {
