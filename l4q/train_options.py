@@ -14,6 +14,7 @@ from l4q.rules import Override
 TrainDtype = Literal["float32", "bfloat16"]
 Amp = Literal["none", "bfloat16"]
 OptimState = Literal["float32", "bfloat16", "8bit"]
+Reporter = Literal["none", "tensorboard", "wandb"]
 
 # A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
 SCALE_LR_RATIO = 1 / 20
@@ -63,6 +64,13 @@ class EvalOptions:
     """Tokens per window; None: 512, or the model's context if that is shorter."""
     windows: int = 12
     """Number of windows, from the middle of the text."""
+    every: int | None = None
+    """Optimizer steps between measurements during training; None = only before and after."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to measure, and when."""
+        require(self.every is None or self.every >= 1, "eval_every", self.every, ">= 1")
+        require(self.every is None or self.text is not None, "eval_every", self.every, "with an --eval-text to measure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +138,8 @@ class TrainOptions:
     """Continue the run in `out`, or start it if there is none."""
     overwrite: bool = False
     """Delete the run in `out` first."""
+    report_to: tuple[str, ...] = ()
+    """Where the figures of every step also go: "tensorboard" (RUN/tensorboard), "wandb" (Weights & Biases)."""
 
     def __post_init__(self) -> None:
         """Check ranges and contradictions."""
@@ -145,6 +155,8 @@ class TrainOptions:
         require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
         kernels = get_args(KernelChoice)
         require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
+        reporters = get_args(Reporter)[1:]
+        require(set(self.report_to) <= set(reporters), "report_to", self.report_to, f"some of {reporters}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
@@ -205,9 +217,21 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "text": lambda path: None if path is None else Path(path),
     "target_modules": tuple,
     "skip": tuple,
+    "report_to": tuple,
     "overrides": lambda overrides: tuple(Override(**override) for override in overrides),
 }
-_INCIDENTAL = ("data", "out", "evaluation", "save_every", "keep_states", "resume", "overwrite", "fsdp", "kernels")
+_INCIDENTAL = (
+    "data",
+    "out",
+    "evaluation",
+    "save_every",
+    "keep_states",
+    "resume",
+    "overwrite",
+    "fsdp",
+    "kernels",
+    "report_to",
+)
 
 
 def require(condition: bool, option: str, got: object, expected: str) -> None:

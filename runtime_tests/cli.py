@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from l4q.cli_common import run
+from l4q.cli_common import command_line, print_json, run
 
 
-@click.command(
-    name="parity",
-    epilog="Example: l4q-parity RUN/checkpoint exports/gptq exports/gguf exports/onnx --text held_out.txt --report",
-    context_settings={"help_option_names": ["-h", "--help"]},
+@command_line(
+    "parity",
+    examples=(
+        "l4q-parity RUN/checkpoint exports/gptq exports/gguf --text held_out.txt \\\n--report",
+        "l4q-parity RUN/checkpoint exports/gptq --text held_out.txt \\\n--python vllm=/opt/vllm/bin/python",
+    ),
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -36,7 +37,6 @@ from l4q.cli_common import run
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Put the figures into the exports' model cards."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Run CHECKPOINT in torch and every folder of EXPORTS in its runtime, on the same token ids.
 
@@ -46,7 +46,7 @@ def command(as_json: bool, **arguments: Any) -> None:
 
     report = run_and_report(arguments, show_table=not as_json)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        print_json(report)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 
 from exporters.card import update_parity
 from l4q.checkpoint import L4QCheckpoint
+from l4q.cli_common import progress_console
 from l4q.errors import UsageError
 from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_parity, run_parity
 from runtime_tests.report import markdown, report_files, table, write_report
@@ -103,7 +104,7 @@ def update_cards(report: dict[str, Any]) -> None:
 def progress_bars() -> Iterator[Progress]:
     """One bar per engine on stderr."""
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=progress_console()) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:
