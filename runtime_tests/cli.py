@@ -42,11 +42,9 @@ def command(as_json: bool, **arguments: Any) -> None:
 
     Exit code 4 if any runtime differs by more than its documented bound.
     """
-    from runtime_tests.run import run_and_report
+    from runtime_tests.run import print_table, run_and_report
 
-    report = run_and_report(arguments, show_table=not as_json)
-    if as_json:
-        print_json(report)
+    run_and_report(arguments, show=print_json if as_json else print_table)
 
 
 def main() -> None:

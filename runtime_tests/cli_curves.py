@@ -17,7 +17,7 @@ PLACE = click.Path(path_type=Path, exists=True)
     "curves",
     examples=(
         "l4q curves RUN",
-        'l4q curves RUN --compare LORA_RUN --reference "16-bit LoRA=25.9" --out curves.html',
+        'l4q curves RUN --compare OTHER_RUN --reference "16-bit LoRA=25.9"',
     ),
 )
 @click.argument("run", type=PLACE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from runtime_tests.report_html.details import describe
 from runtime_tests.targets import detect
 
 
-def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, Any]:
-    """Run the comparison, print and write its results, and raise if any bound was broken.
+def run_and_report(arguments: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the comparison, show and write its results, and raise if any bound was broken.
 
     Raises:
         UsageError: Bad input.
-        VerificationError: Parity failed; reports and cards are written before that.
+        VerificationError: Parity failed; the results are shown, reports and cards are written before that.
     """
     checkpoint = L4QCheckpoint.open(arguments["checkpoint"])
     if arguments["report"]:
@@ -47,10 +47,14 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         write_report(content, arguments["report"])
     if arguments["card"]:
         update_cards(content)
-    if show_table:
-        Console().print(table(content))
+    show(content)
     assert_parity(report)
     return content
+
+
+def print_table(content: dict[str, Any]) -> None:
+    """Print a report as a table."""
+    Console().print(table(content))
 
 
 def full_report(
