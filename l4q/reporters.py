@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 from l4q.errors import UsageError
@@ -25,3 +26,9 @@ def require_reporters(names: Sequence[str]) -> None:
                 expected=" or ".join(MODULES[name]),
                 remedy=f"pip install {MODULES[name][0]}",
             )
+
+
+def finish_reporters(names: Sequence[str]) -> None:
+    """End the run at Weights & Biases now: at the process's end its last words would land on the command's stdout."""
+    if "wandb" in names:
+        import_module("wandb").finish()

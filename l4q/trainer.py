@@ -19,6 +19,7 @@ from l4q.errors import UsageError
 from l4q.grid_watch import GridWatch
 from l4q.model import load_trainable_state, trainable_state
 from l4q.optim import make_optimizer
+from l4q.reporters import finish_reporters
 from l4q.state_tensors import save_sharded, saved_tensors
 from l4q.train_callbacks import FiniteGradients, HeldOut, StepReport, diverged
 from l4q.train_options import OptimOptions
@@ -131,8 +132,9 @@ class L4QTrainer(Trainer):
         super().log(logs, start_time)
 
     def close(self) -> None:
-        """End the progress bar of a run that stopped early, and the autocast that accelerate left in the forward."""
+        """End the view, the reporters' runs, and the autocast that accelerate left in the forward."""
         self._report.close()
+        finish_reporters(self.args.report_to)
         own = self.model.__dict__
         if own.pop("_original_forward", None) is not None:
             own.pop("forward", None)

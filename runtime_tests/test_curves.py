@@ -161,7 +161,7 @@ def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    """An empty folder, a run without a step, a broken record, too many runs and a wrong reference get one error each."""
+    """No run, a run without a step, a broken record, too many runs and a wrong reference get one error each."""
     with pytest.raises(UsageError, match=r"(?s)there is no run here.*metrics\.jsonl nor trainer_state\.json"):
         read_run(tmp_path)
     with pytest.raises(UsageError, match="no logged step yet"):
