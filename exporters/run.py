@@ -12,6 +12,7 @@ from rich.table import Table
 from exporters.export import ExportResult, export, make_plan
 from exporters.plan import ExportOptions, ExportPlan
 from l4q.checkpoint import L4QCheckpoint
+from l4q.cli_common import progress_console
 from l4q.files import refuse_existing
 
 _OPTIONS = (
@@ -108,7 +109,7 @@ def _export_with_bar(
     checkpoint: L4QCheckpoint, name: str, folder: Path, options: ExportOptions, arguments: dict[str, Any]
 ) -> ExportResult:
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=progress_console()) as bars:
         tasks: dict[str, Any] = {}
 
         def advance(stage: str, total: int, _tensor: str) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +23,7 @@ from exporters.cli import FORMATS
 from l4q import errors
 from l4q.cli import SUBCOMMANDS
 from l4q.cli import command as group
-from l4q.cli_common import EXIT_CODES, CommandLine, shared_options
+from l4q.cli_common import EXIT_CODES, CommandLine, shared_options, status
 from l4q.config import QuantConfig
 from l4q.errors import L4QError, UsageError
 from runtime_tests.tiny_llama import tiny_checkpoint
@@ -192,3 +195,29 @@ def test_completion_refuses_other_shells(monkeypatch: pytest.MonkeyPatch) -> Non
         CliRunner().invoke(load("completion"), [], catch_exceptions=False)
     monkeypatch.setenv("SHELL", "/usr/bin/fish")
     assert "complete --no-files --command l4q-train" in CliRunner().invoke(load("completion"), []).stdout
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed file:pytest.PytestUnraisableExceptionWarning")  # the writer's, cut off
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_ctrl_c_while_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGINT in the middle of an export: exit code 130, one line, and nothing half-written under a final name."""
+    source, out = tiny_checkpoint(tmp_path / "tiny", QuantConfig()).path, tmp_path / "out"
+
+    def interrupt() -> None:
+        while not out.is_dir() or not any(out.iterdir()):
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
+
+    words = ["l4q-export", str(source), "--to", "gguf", "onnx", "--out", str(out), "--quiet"]
+    monkeypatch.setattr(sys, "argv", words)
+    capsys.readouterr()  # of making the checkpoint
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    assert status(load("export")) == 130
+    watcher.join(10)
+    shown = capsys.readouterr()
+    assert shown.err.strip() == "interrupted"
+    assert shown.out == ""
+    assert not (out / "onnx").exists()
