@@ -6,9 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import l4q
+from exporters.manifest import renew_entry
 from exporters.plan import ExportPlan
 from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
+from l4q.durable import write_atomic
 
 CARD_NAME = "README.md"
 PARITY_BEGIN = "<!-- l4q-parity begin -->"
@@ -22,12 +24,6 @@ def write_card(
     """Write README.md into an exported folder."""
     quant = checkpoint.quant
     base = checkpoint.config.get("_name_or_path") or checkpoint.architecture
-    verified = (
-        f"{report.exact} of {report.total} quantized tensors decode bit for bit to the trained weights, "
-        "judged by a decoder that is not l4q's."
-        if report
-        else "Not verified: the export was allowed to round, or verification was switched off."
-    )
     runtimes = [f"| {r.runtime} | {'yes' if r.loads else 'no'} | {r.reason} |" for r in plan.runtimes]
     notes = [f"- {note}" for note in plan.notes]
     lines = [
@@ -49,7 +45,7 @@ def write_card(
         *_mixed(checkpoint),
         f"- Quantized tensors: {len(plan.quantized)}, {plan.bits_per_weight:.2f} bits per weight with scales",
         f"- Size of the tensors: {plan.nbytes:,} bytes",
-        f"- {verified}",
+        f"- {_verified(report)}",
         *notes,
         "",
         "## Where it runs",
@@ -70,6 +66,17 @@ def write_card(
         "",
     ]
     (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _verified(report: VerifyReport | None) -> str:
+    if report is None:
+        return "Not verified: the export was allowed to round, or verification was switched off."
+    judged = "quantized tensors decode bit for bit to the trained weights, judged by a decoder that is not l4q's."
+    if report.checked == report.total:
+        return f"{report.exact} of {report.total} {judged}"
+    return (
+        f"{report.exact} of {report.checked} sampled {judged} The other {report.total - report.checked} were not read."
+    )
 
 
 def _mixed(checkpoint: L4QCheckpoint) -> list[str]:
@@ -94,5 +101,6 @@ def update_parity(folder: Path, markdown: str) -> bool:
     _, end, tail = rest.partition(PARITY_END)
     if not begin or not end:
         return False
-    path.write_text(f"{head}{PARITY_BEGIN}\n{markdown.strip()}\n{PARITY_END}{tail}", encoding="utf-8")
+    write_atomic(path, f"{head}{PARITY_BEGIN}\n{markdown.strip()}\n{PARITY_END}{tail}")
+    renew_entry(folder, CARD_NAME)
     return True

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from l4q.cli_common import command_line, print_json, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import ByteSize, run
 
 # Names only: the packages behind them load when a format is chosen, so that --help stays quick.
 FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
@@ -24,8 +25,17 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 @click.option("--to", "formats", multiple=True, required=True, type=click.Choice(FORMATS), help="One or more formats.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; each format gets a folder inside.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Read back with foreign decoders.")
+@click.option(
+    "--verify", type=click.Choice(["full", "sample", "none"]), is_flag=False, flag_value="full", default="full",
+    show_default=True, help="Read every quantized tensor back with foreign decoders, a sample of them, or none.",
+)  # fmt: skip
+@click.option("--no-verify", "verify", flag_value="none", help="The same as --verify none.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output folders.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Go on with what an interrupted export has completed, and keep completed files if interrupted.",
+)  # fmt: skip
+@click.option("--wait", is_flag=True, help="Wait for another process that writes the same folder.")
 @click.option("--allow-rounding", is_flag=True, help="Accept a format that cannot hold the trained values exactly.")
 @click.option(
     "--gptq-format", type=click.Choice(["gptq", "gptq_v2"]), default="gptq", show_default=True,
@@ -60,6 +70,10 @@ FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,
     help="Dense tensors of GPTQ, AWQ and compressed-tensors.",
+)  # fmt: skip
+@click.option(
+    "--max-shard-size", "max_shard_bytes", type=ByteSize(), default="1GB", show_default=True,
+    help="Weights per file of GPTQ, AWQ and compressed-tensors: 500MB, 2GiB, ...",
 )  # fmt: skip
 @click.option(
     "--container-bits", type=int, default=None,

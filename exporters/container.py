@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from exporters.plan import ExportOptions
 from exporters.words import run_length
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UnsupportedError
-from l4q.weight import QuantizedWeight
+from l4q.packed_weight import PackedWeight
 
 # GPTQ's and compressed-tensors' words (exporters/words.py) take any of these; AWQ's interleaved nibbles only 4.
 CONTAINER_BITS = (2, 3, 4)
@@ -51,18 +49,17 @@ def container_bits(checkpoint: L4QCheckpoint, options: ExportOptions, widths: tu
     return width
 
 
-def widen(weight: QuantizedWeight, width: int) -> QuantizedWeight:
+def widen_packed(weight: PackedWeight, width: int) -> PackedWeight:
     """The same weight with codes of `width` bits, at least its own: `dequantize` gives the same float32 bits.
 
     Raises:
         UnsupportedError: The weight has float mins.
     """
+    zeros = weight.zeros if weight.zero_point == "none" else weight.integer_zeros()
     if weight.bits == width:
         return weight
-    if weight.zero_point == "none":
-        shift = np.uint8((1 << (width - 1)) - (1 << (weight.bits - 1)))
-        return replace(weight, codes=weight.codes + shift, bits=width)
-    return replace(weight, zeros=weight.integer_zeros(), bits=width)
+    shift = (1 << (width - 1)) - (1 << (weight.bits - 1)) if weight.zero_point == "none" else 0
+    return replace(weight, packed=weight.fields(width, shift), zeros=zeros, bits=width)
 
 
 def describe(bits: int, width: int) -> str:

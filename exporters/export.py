@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from exporters.card import write_card
-from exporters.manifest import write_manifest
+from exporters.card import CARD_NAME, write_card
+from exporters.manifest import work_identity, write_manifest
 from exporters.plan import Exporter, ExportOptions, ExportPlan
-from exporters.verify import VerifyReport, verify
+from exporters.verify import VerifyMode, VerifyReport, sample_modules, verify
 from l4q.checkpoint import L4QCheckpoint
-from l4q.errors import InexactError, UsageError, VerificationError
+from l4q.checkpoint_files import source_digest
+from l4q.durable import sync_tree
+from l4q.errors import InexactError, L4QError, UsageError, VerificationError
+from l4q.file_table import file_facts
 from l4q.files import refuse_existing, staged_folder
+from l4q.journal import Journal
 
 # format name -> package with plan, write, read_back and usage; imported only when that format is asked for
 EXPORTERS = {
@@ -83,7 +88,9 @@ def export(
     options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
-    check: bool = True,
+    resume: bool = False,
+    wait: bool = False,
+    check: VerifyMode = "full",
     progress: Progress = lambda stage, total, tensor: None,
 ) -> ExportResult:
     """Export a checkpoint to one format.
@@ -94,11 +101,17 @@ def export(
         out: Folder to create.
         options: Choices of the format; defaults if None.
         overwrite: Replace an existing folder.
-        check: Read the result back with foreign decoders before it gets its final name.
+        resume: Go on with what an interrupted export of the same checkpoint and plan has completed, and keep the
+            completed files if this one is interrupted.
+        wait: Wait for another process that writes `out`, instead of refusing.
+        check: Read the result back with foreign decoders before it gets its final name: "full" every module, "sample"
+            those of `sample_modules`, "none" nothing.
         progress: Called after each tensor.
 
     Raises:
-        UsageError: The folder exists, or the checkpoint's values are damaged.
+        UsageError: The folder exists, or the checkpoint's values are damaged, or it was replaced meanwhile.
+        BusyError: Another process is writing the folder.
+        OutputError: The folder cannot be written.
         UnsupportedError: The format cannot hold the checkpoint.
         InexactError: It would have to round without leave.
         VerificationError: The written bytes do not decode to the checkpoint's weights; nothing is left behind.
@@ -107,23 +120,98 @@ def export(
     target = Path(out)
     refuse_existing(target, overwrite=overwrite)
     plan = make_plan(checkpoint, name, options)
-    exporter = get_exporter(name)
-    with staged_folder(target, overwrite=overwrite) as stage:
-        exporter.write(checkpoint, plan, stage, options, lambda t: progress("write", len(plan.tensors), t))
-        report = None
-        if check and not plan.rounded:
-            total = len(checkpoint.modules)
-            report = verify(checkpoint, exporter, stage, lambda t: progress("verify", total, t))
-            if not report.passed:
-                raise VerificationError(
-                    f"{name}: {report.exact} of {report.total} modules decode to the checkpoint's weights",
-                    got="; ".join(report.differing[:3]),
-                    expected="bit-for-bit equality",
-                    remedy="this is a defect of l4q: please report it with the model's config.json",
-                )
-        write_manifest(stage, checkpoint, plan, options)
-        write_card(stage, checkpoint, plan, exporter.usage(), report)
+    job = _Job(checkpoint, plan, get_exporter(name), options, check, progress)
+    with staged_folder(target, overwrite=overwrite, resume=resume, wait=wait) as stage:
+        report = job.run(stage)
     return ExportResult(folder=target, plan=plan, verified=report)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export into a stage."""
+
+    checkpoint: L4QCheckpoint
+    plan: ExportPlan
+    exporter: Exporter
+    options: ExportOptions
+    check: VerifyMode
+    progress: Progress
+
+    def run(self, stage: Path) -> VerifyReport | None:
+        """Write what the stage does not hold yet, read everything back, and seal it with manifest and card."""
+        folder, source = self.checkpoint.path, _FolderIdentity.of(self.checkpoint.path)
+        digest = cache(lambda: source_digest(folder, check=self.check != "none"))
+        journal = Journal.open(stage, lambda: work_identity(self.plan, self.options, digest()))
+        try:
+            self._write(stage, journal)
+            report = self._verify(stage)
+            journal.table()
+            write_card(stage, self.checkpoint, self.plan, self.exporter.usage(), report)
+            files = {**journal.table(), CARD_NAME: file_facts(stage / CARD_NAME)}
+            write_manifest(stage, self.checkpoint, self.plan, self.options, report, source=digest(), files=files)
+            source.require_same()
+            journal.close()
+        except L4QError:
+            source.require_same()  # what was read of two checkpoints says nothing of either
+            raise
+        finally:
+            journal.stop()
+        return report
+
+    def _write(self, stage: Path, journal: Journal) -> None:
+        if journal.written:
+            return
+
+        def advance(tensor: str) -> None:
+            self.progress("write", len(self.plan.tensors), tensor)
+
+        self.exporter.write(self.checkpoint, self.plan, stage, self.options, advance, journal)
+        sync_tree(stage)
+        journal.add_rest(stage)
+
+    def _verify(self, stage: Path) -> VerifyReport | None:
+        if self.check == "none" or self.plan.rounded:
+            return None
+        sample = sample_modules(self.checkpoint) if self.check == "sample" else None
+        total = len(self.checkpoint.modules if sample is None else sample)
+        advance = partial(self.progress, "verify", total)
+        report = verify(self.checkpoint, self.exporter, stage, advance, sample=sample)
+        if not report.passed:
+            raise VerificationError(
+                f"{self.plan.format}: {report.exact} of {report.checked} modules decode to the checkpoint's weights",
+                got="; ".join(report.differing[:3]),
+                expected="bit-for-bit equality",
+                remedy="this is a defect of l4q: please report it with the model's config.json",
+            )
+        return report
+
+
+@dataclass(frozen=True)
+class _FolderIdentity:
+    """Which folder a path led to: a training that ends meanwhile puts another one in its place."""
+
+    path: Path
+    facts: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> _FolderIdentity:
+        """Of the folder that is there now."""
+        status = path.stat()
+        return cls(path, (status.st_dev, status.st_ino))
+
+    def require_same(self) -> None:
+        """Check that it is still there.
+
+        Raises:
+            UsageError: It was removed, or another one has its name.
+        """
+        if not self.path.is_dir() or _FolderIdentity.of(self.path) != self:
+            raise UsageError(
+                "the checkpoint was replaced while it was being exported",
+                where=self.path,
+                expected="one checkpoint from beginning to end",
+                remedy="run the command again",
+            )
 
 
 def _missing_package(name: str, error: ModuleNotFoundError) -> UsageError:

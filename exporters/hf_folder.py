@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from exporters.files import copy_side_files, write_json
-from exporters.plan import ExportOptions, ExportPlan
-from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint
+from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
+from l4q.checkpoint import CONFIG_NAME, L4QCheckpoint, WeightInfo
 from l4q.errors import UnsupportedError, UsageError
-from l4q.shards import MAX_SHARD_BYTES, ShardWriter
-from l4q.weight import QuantizedWeight
+from l4q.packed_weight import PackedWeight
+from l4q.shard_layout import TensorSpec, Unit, plan_shards
+from l4q.shard_writer import write_shards
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
-ModulePacker = Callable[[str, QuantizedWeight], Mapping[str, "torch.Tensor"]]
-"""(module, weight) -> tensors by their full names in the output."""
+DENSE_PIECE_BYTES = 64 << 20
+"""Stored bytes of a dense tensor that are cast at a time."""
+
+
+Arrays = Iterator[tuple[str, "npt.NDArray[Any]"]]
+"""(tensor name, values) pairs."""
+
+
+class ModulePacking(Protocol):
+    """How a format stores one quantized linear."""
+
+    def specs(self, module: str, info: WeightInfo) -> tuple[TensorSpec, ...]:
+        """The tensors of a module, by their full names in the output, from the header alone."""
+
+    def pack(self, module: str, weight: PackedWeight) -> Arrays:
+        """Those tensors' values; the rows of one may come in several pieces, in order."""
 
 
 def write_tensors(
@@ -26,24 +42,47 @@ def write_tensors(
     plan: ExportPlan,
     folder: Path,
     options: ExportOptions,
-    pack: ModulePacker,
+    packing: ModulePacking,
     on_tensor: Callable[[str], None],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    record: FileRecord = NOTHING_DONE,
 ) -> None:
-    """Write the planned tensors shard by shard, one module in memory at a time.
+    """Write the planned tensors shard by shard, one module in memory at a time; shards that `record` knows are kept.
 
     Raises:
         UnsupportedError: A dense value overflows the asked dtype.
     """
-    writer = ShardWriter(folder, max_shard_bytes)
+
+    def produce(name: str) -> Iterator[tuple[str, npt.NDArray[Any] | torch.Tensor]]:
+        if name in quantized:
+            yield from packing.pack(name, checkpoint.packed(name))
+        else:
+            yield from ((name, piece) for piece in dense_pieces(checkpoint, name, options.dtype))
+        on_tensor(name)
+
+    quantized = frozenset(checkpoint.modules)
+    layouts = plan_shards(_units(checkpoint, plan, packing), options.max_shard_bytes)
+    finished = {layout.file_name for layout in layouts if record.finished(layout.file_name)}
+    write_shards(folder, layouts, produce, finished=lambda layout: layout.file_name in finished, on_shard=record.add)
+
+
+def _units(checkpoint: L4QCheckpoint, plan: ExportPlan, packing: ModulePacking) -> Iterator[Unit]:
+    """The planned tensors as the files will hold them."""
     for tensor in plan.tensors:
         if tensor.quantized:
-            writer.add(pack(tensor.name, checkpoint.quantized(tensor.name)), {})
+            specs = packing.specs(tensor.name, checkpoint.info(tensor.name))
         else:
-            writer.add({tensor.name: cast_dense(tensor.name, checkpoint.dense(tensor.name), options.dtype)}, {})
-        on_tensor(tensor.name)
-    writer.close()
+            specs = (TensorSpec(name=tensor.name, dtype=tensor.encoding, shape=tensor.shape),)
+        yield Unit(name=tensor.name, tensors=specs)
+
+
+def dense_pieces(checkpoint: L4QCheckpoint, name: str, dtype: str) -> Iterator[torch.Tensor]:
+    """A dense tensor in the serving dtype, some rows at a time.
+
+    Raises:
+        UnsupportedError: A finite value would become infinite.
+    """
+    for rows in checkpoint.dense_row_slices(name, DENSE_PIECE_BYTES):
+        yield cast_dense(name, checkpoint.dense(name, rows), dtype)
 
 
 def write_config(checkpoint: L4QCheckpoint, folder: Path, section: dict[str, Any], options: ExportOptions) -> None:
@@ -74,6 +113,12 @@ def read_section(folder: Path, method: str, label: str) -> dict[str, Any]:
             remedy=f"give a folder written by l4q-export --to {method}",
         )
     return section
+
+
+def packed_modules(names: Iterable[str], suffix: str, only: Collection[str] | None) -> list[str]:
+    """The modules whose packed tensor is `<module><suffix>`, sorted; of those in `only`, if it is given."""
+    modules = sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return modules if only is None else [module for module in modules if module in only]
 
 
 def missing_judge(label: str, error: ImportError) -> UsageError:

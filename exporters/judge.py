@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
@@ -29,6 +29,8 @@ DENSE_SINCE = (0, 18)
 PROJECT = Path(__file__).resolve().parent.parent
 ERRORS = {kind.__name__: kind for kind in (L4QError, UnsupportedError, UsageError, VerificationError)}
 TAIL_CHARS = 2000
+ONLY = "only.json"
+"""In the other process's scratch folder: the modules to read, all if it is missing."""
 
 
 def needs_newer_judge(bits: int) -> bool:
@@ -50,8 +52,8 @@ def needs_newer_judge(bits: int) -> bool:
     return _is_old(found)
 
 
-def read_elsewhere(name: str, folder: Path) -> Iterator[tuple[str, F32]]:
-    """What `read_back` of the format yields, from a process that imports compressed-tensors from L4Q_JUDGES.
+def read_elsewhere(name: str, folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
+    """What `read_back(folder, only)` of the format yields, from a process that imports the reader from L4Q_JUDGES.
 
     Raises:
         UsageError: The variable is unset, or its folder holds no such package.
@@ -62,6 +64,8 @@ def read_elsewhere(name: str, folder: Path) -> Iterator[tuple[str, F32]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryDirectory(prefix="l4q-judge-") as scratch, open(Path(scratch) / "log", "w+b") as log:
         command = [sys.executable, "-m", "exporters.judge_child", name, str(folder), scratch]
+        if only is not None:
+            (Path(scratch) / ONLY).write_text(json.dumps(sorted(only)), encoding="utf-8")
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
         )

@@ -2,8 +2,9 @@
 
     python -m exporters.judge_child FORMAT FOLDER SCRATCH
 
-Each module is a line {"module": name, "array": file in SCRATCH} on stdout; the file is removed when a line comes back.
-The last line is {"end": true} or {"error": class, "message": text}.
+SCRATCH/only.json, if it exists, lists the modules to read. Each module is a line {"module": name, "array": file in
+SCRATCH} on stdout; the file is removed when a line comes back. The last line is {"end": true} or {"error":
+class, "message": text}.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from exporters.export import get_exporter
+from exporters.judge import ONLY
 from l4q.errors import L4QError
 
 
 def main() -> None:
     """Answer until the last module."""
     name, folder, scratch = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    listed = scratch / ONLY
+    only = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else None
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)  # whatever the packages print belongs into the log
 
@@ -31,7 +35,7 @@ def main() -> None:
             replies.flush()
 
         try:
-            for number, (module, array) in enumerate(get_exporter(name).read_back(folder)):
+            for number, (module, array) in enumerate(get_exporter(name).read_back(folder, only)):
                 target = scratch / f"{number}.npy"
                 np.save(target, array)
                 say({"module": module, "array": target.name})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
+from l4q.shard_layout import MAX_SHARD_BYTES
 
 GptqFormat = Literal["gptq", "gptq_v2"]
 GgufType = Literal["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]
@@ -67,6 +68,8 @@ class ExportPlan:
     tensors: tuple[PlannedTensor, ...]
     runtimes: tuple[RuntimeSupport, ...]
     notes: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    """Installed packages whose release decides bytes of the output."""
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:
@@ -117,6 +120,8 @@ class ExportOptions:
     """Also write the graph as the installed ONNX Runtime optimizes it: loads faster, belongs to that release."""
     dtype: DenseDtype = "float16"
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Bytes of tensors per safetensors file of GPTQ, AWQ and compressed-tensors; a module is never split."""
     container_bits: int | None = None
     """Bits per stored code in GPTQ and compressed-tensors, 2 to 4, dense (AWQ has 4 only); None takes 4, for which
     vLLM has kernels everywhere."""
@@ -135,6 +140,8 @@ class ExportOptions:
             "onnx_accuracy_level": (self.onnx_accuracy_level, (0, 1, 2, 3, 4)),
             "dtype": (self.dtype, get_args(DenseDtype)),
         }
+        if self.max_shard_bytes < 1:
+            raise UsageError("no room for weights", where="max_shard_bytes", got=self.max_shard_bytes, expected=">= 1")
         if self.tensor_parallel < 1:
             raise UsageError(
                 "unknown number of ranks", where="tensor_parallel", got=self.tensor_parallel, expected=">= 1"
@@ -142,6 +149,30 @@ class ExportOptions:
         for field, (value, allowed) in choices.items():
             if value not in allowed:
                 raise UsageError(f"unknown {field}", where=field, got=repr(value), expected=f"one of {allowed}")
+
+
+class FileRecord(Protocol):
+    """What an interrupted export has completed, and where completed files are noted: `l4q.journal.Journal`."""
+
+    def finished(self, name: str) -> bool:
+        """Whether this file is complete already."""
+
+    def add(self, path: Path) -> None:
+        """Note a complete file that is on the disk."""
+
+
+class _NothingDone:
+    """The record of an export that cannot be continued."""
+
+    def finished(self, name: str) -> bool:
+        """No file is."""
+        return False
+
+    def add(self, path: Path) -> None:
+        """Nobody asks."""
+
+
+NOTHING_DONE: FileRecord = _NothingDone()
 
 
 class Exporter(Protocol):
@@ -161,11 +192,20 @@ class Exporter(Protocol):
         folder: Path,
         options: ExportOptions,
         on_tensor: Callable[[str], None],
+        record: FileRecord = NOTHING_DONE,
     ) -> None:
-        """Write the planned files into an existing empty folder, calling `on_tensor` after each tensor."""
+        """Write the planned files into an existing folder, calling `on_tensor` after each tensor.
 
-    def read_back(self, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Decode every quantized module of a written folder with code that is not ours: (module, [out, in])."""
+        Weight files that `record` knows are there already and are kept; those completed are added to it.
+        """
+
+    def read_back(
+        self, folder: Path, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Decode every quantized module of a written folder, or those of `only`, with code that is not ours.
+
+        Yields (module, float32 [out, in]).
+        """
 
     def usage(self) -> str:
         """Markdown for the model card: how to load the folder in its runtimes."""

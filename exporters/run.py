@@ -10,9 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from exporters.export import ExportResult, export, make_plan
+from exporters.manifest import verified_counts
 from exporters.plan import ExportOptions, ExportPlan
+from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
-from l4q.cli_common import progress_console
+from l4q.cli_command import progress_console
 from l4q.files import refuse_existing
 
 _OPTIONS = (
@@ -25,6 +27,7 @@ _OPTIONS = (
     "onnx_accuracy_level",
     "onnx_runtime_optimized",
     "dtype",
+    "max_shard_bytes",
     "container_bits",
     "tensor_parallel",
     "allow_rounding",
@@ -123,18 +126,26 @@ def _export_with_bar(
             folder,
             options,
             overwrite=arguments["overwrite"],
+            resume=arguments["resume"],
+            wait=arguments["wait"],
             check=arguments["verify"],
             progress=advance,
         )
 
 
 def _result_summary(result: ExportResult) -> dict[str, Any]:
-    verified = result.verified
     summary = plan_summary(result.plan)
     del summary["tensors"]
     summary["folder"] = str(result.folder)
-    summary["verified"] = {"exact": verified.exact, "total": verified.total} if verified else None
+    summary["verified"] = verified_counts(result.verified)
     return summary
+
+
+def _verified(report: VerifyReport | None) -> str:
+    if report is None:
+        return "not verified"
+    sampled = "" if report.checked == report.total else f" sampled, of {report.total}"
+    return f"{report.exact} of {report.checked}{sampled}"
 
 
 def _print_results(results: dict[str, ExportResult]) -> None:
@@ -142,7 +153,7 @@ def _print_results(results: dict[str, ExportResult]) -> None:
     for column in ("format", "folder", "bytes", "bits/weight", "bit-exact"):
         table.add_column(column, overflow="fold")
     for name, result in results.items():
-        exact = f"{result.verified.exact} of {result.verified.total}" if result.verified else "not verified"
+        exact = _verified(result.verified)
         size = f"{result.plan.nbytes:,}"
         table.add_row(name, str(result.folder), size, f"{result.plan.bits_per_weight:.2f}", exact)
     console = Console()

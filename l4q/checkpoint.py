@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l4q.bitpack import pack_codes, row_bytes, unpack_codes
+from l4q.bitpack import pack_codes, row_bytes
+from l4q.checkpoint_files import write_checkpoint_manifest
 from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import copy_files, find_side_files, staged_folder
 from l4q.k_grids import SUPERBLOCK
 from l4q.module_grids import grid_record, grids_entry, module_grids
-from l4q.shards import ShardReader, ShardWriter
-from l4q.weight import QuantizedWeight
+from l4q.packed_weight import PackedWeight
+from l4q.shard_layout import DTYPE_BYTES, row_slices
+from l4q.shard_writer import ShardWriter
+from l4q.shards import ALL, ShardReader
+from l4q.weight import GroupParameters, QuantizedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -132,20 +136,36 @@ class L4QCheckpoint:
         Raises:
             UsageError: Its values break the grid (NaN scale, code or zero-point out of range, ...).
         """
-        info = self._infos[module]
-        packed = self._shards.numpy(f"{module}.codes")
-        return QuantizedWeight(
-            codes=unpack_codes(packed, info.in_features, info.bits),
-            scales=self._shards.numpy(f"{module}.scales"),
-            **{part: self._shards.numpy(f"{module}.{part}") for part in _companions(info)},
-            bits=info.bits,
-            group_size=info.group_size,
-            name=module,
-        )
+        return self.packed(module).unpack()
 
-    def dense(self, name: str) -> torch.Tensor:
-        """Read one unquantized tensor in its stored dtype."""
-        return self._shards.tensor(name)
+    def packed(self, module: str) -> PackedWeight:
+        """Read one quantized linear, its codes left as they are stored.
+
+        Raises:
+            UsageError: As `quantized`.
+        """
+        return PackedWeight(packed=self._shards.numpy(f"{module}.codes"), **self._parameters(module))
+
+    def parameters(self, module: str) -> GroupParameters:
+        """Read scales and zero-points of one quantized linear, not its codes.
+
+        Raises:
+            UsageError: As `quantized`.
+        """
+        return GroupParameters(**self._parameters(module))
+
+    def _parameters(self, module: str) -> dict[str, Any]:
+        info = self._infos[module]
+        parts = {part: self._shards.numpy(f"{module}.{part}") for part in ("scales", *_companions(info))}
+        return {**parts, "bits": info.bits, "group_size": info.group_size, "name": module}
+
+    def dense(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        """Read one unquantized tensor in its stored dtype, or a range of its rows."""
+        return self._shards.tensor(name, rows)
+
+    def dense_row_slices(self, name: str, max_bytes: int) -> Iterator[slice]:
+        """Ranges of rows of an unquantized tensor with at most that many stored bytes (or one row) each."""
+        yield from row_slices(self.dense_shape(name), DTYPE_BYTES[self.dense_dtype(name)], max_bytes)
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """Shape of an unquantized tensor, from the header."""
@@ -284,6 +304,7 @@ def save_checkpoint(
         content = json.dumps({**config, "quantization_config": section}, indent=2, sort_keys=True)
         (stage / CONFIG_NAME).write_text(content + "\n", encoding="utf-8")
         copy_files(side_files, stage)
+        write_checkpoint_manifest(stage)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

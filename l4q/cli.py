@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import click
 
-from l4q.cli_common import did_you_mean, run
+from l4q.cli_command import did_you_mean
+from l4q.cli_common import run
 
 
 class Subcommand(NamedTuple):
@@ -27,6 +28,9 @@ SUBCOMMANDS = {
         "l4q.cli_import", "Turn a pre-quantized model into an L4Q checkpoint of the same integers.", "l4q-import"
     ),
     "export": Subcommand("exporters.cli", "Convert an L4Q checkpoint for a runtime.", "l4q-export"),
+    "verify": Subcommand(
+        "exporters.cli_verify", "Check an export or a checkpoint against its manifest and source.", "l4q-verify"
+    ),
     "inspect": Subcommand(
         "exporters.inspect.cli", "Show what a checkpoint, an export or a foreign model holds.", "l4q-inspect"
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from l4q.cli_common import command_line, print_json
+from l4q.cli_command import command_line, print_json
 from l4q.errors import UsageError
 
 SHELLS = ("bash", "zsh", "fish")

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from l4q.cli_common import did_you_mean
+from l4q.cli_command import did_you_mean
 from l4q.errors import UsageError
 
 NOT_IN_FILES = ("config", "help")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from l4q.cli_common import command_line, print_json
+from l4q.cli_command import command_line, print_json
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "numba", "triton")
 # runtime or format -> the module that must be there

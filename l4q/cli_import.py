@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from l4q.cli_common import command_line, print_json, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import run
 from l4q.config import ZeroPoint
 
 if TYPE_CHECKING:

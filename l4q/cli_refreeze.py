@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import click
 
-from l4q.cli_common import command_line, print_json, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import run
 from l4q.config import ScaleGrid, ZeroPoint
 from l4q.train_options import EvalOptions
 

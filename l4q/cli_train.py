@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import click
 
-from l4q.cli_common import command_line, print_json, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import run
 from l4q.config import (
     SUPPORTED_BITS,
     BaseStorage,
@@ -40,7 +41,7 @@ RESULT_LINES = {
         "--eval-text held_out.txt --eval-every 50",
         "l4q-train --config run.yaml --out RUN --resume",
     ),
-    interrupted="interrupted; --resume continues from the newest saved state",
+    interrupted="--resume continues from the newest saved state",
 )
 @click.argument("model")
 @click.option("--data", type=FILE, multiple=True, required=True, help="One or more .txt, .jsonl or .json files.")

@@ -59,6 +59,18 @@ class VerificationError(L4QError):
     exit_code = 4
 
 
+class OutputError(L4QError):
+    """An output that could not be written: disk full, read-only or vanished target, an I/O error."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+
+class BusyError(L4QError):
+    """An output that another process is writing."""
+
+    exit_code = 75  # EX_TEMPFAIL: the same command may work later
+
+
 class PeerError(L4QError):
     """Process 0 of a distributed run failed and says why; the others end with its exit code and no message."""
 

@@ -1,16 +1,23 @@
-"""Folders that appear complete or not at all, and the small files that travel with a model."""
+"""Folders that appear complete or not at all, and the small files that travel with a model.
+
+A folder NAME is written as .NAME.staged beside it, under the lock of `l4q.locks`, flushed to the disk, and renamed. A
+process that is killed leaves the stage behind, and the next one that writes NAME removes it (or, if it was asked to
+resume, continues it). An old NAME changes places with the new one in a single step; where the system cannot do that,
+it is .NAME.retired for a moment, and comes back if the process is killed in that moment.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from l4q.errors import UsageError
+from l4q.durable import exchange, output_errors, sync_folder, sync_tree
+from l4q.errors import BusyError, OutputError, UsageError
+from l4q.locks import exclusive
 
 # What a runtime needs beside the weights; copied unchanged from folder to folder.
 SIDE_FILE_PATTERNS = (
@@ -25,6 +32,7 @@ SIDE_FILE_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+_LEFTOVERS = (".staged", ".retired", ".lock", ".part")
 
 
 def find_side_files(folder: Path) -> tuple[Path, ...]:
@@ -56,10 +64,17 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     """Stop before any work when the output folder is already there.
 
     Raises:
-        UsageError: `target` exists and overwriting was not asked for, or it is not a folder.
+        UsageError: `target` exists and overwriting was not asked for, or it cannot be replaced by a folder.
     """
     if target.exists() and not target.is_dir():
         raise UsageError("the output path is a file", where=target, expected="a folder that does not exist yet")
+    if target.is_mount():
+        raise UsageError(
+            "the output folder is a mount point, which cannot be replaced",
+            where=target,
+            expected="a folder that appears when it is complete",
+            remedy="choose a folder inside it",
+        )
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UsageError(
             "the output folder already exists", where=target, remedy="choose another --out, or add --overwrite"
@@ -67,36 +82,97 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(target: Path, *, overwrite: bool = False, resume: bool = False, wait: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that is renamed onto it when the block ends without an error.
 
-    A failing block leaves no trace; an existing target stays as it was until the new one is complete.
+    A failing block leaves no trace; an existing target stays as it was until the new one is complete and on the disk.
+
+    Args:
+        target: Folder to create.
+        overwrite: Replace an existing folder.
+        resume: Yield what an earlier block left in the stage; and keep the stage if this one is interrupted or cannot
+            write. The block must then check what it finds.
+        wait: Wait for another process that writes `target`, instead of refusing.
 
     Raises:
         UsageError: `target` exists and `overwrite` is false.
+        BusyError: Another process is writing `target`.
+        OutputError: It cannot be written.
     """
-    refuse_existing(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.staged-", dir=target.parent))
-    try:
-        stage.chmod(0o755)
-        yield stage
-        _replace(stage, target)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+    final = Path(os.path.realpath(target))
+    stage = stage_path(final)
+    with output_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(final, wait=wait):
+            _restore(final)
+            refuse_existing(final, overwrite=overwrite)
+            if not resume:
+                _remove(stage)
+            stage.mkdir(mode=0o755, exist_ok=resume)
+            try:
+                yield stage
+                _publish(stage, final)
+            except BaseException as error:
+                _restore(final)
+                if not (resume and isinstance(error, (OSError, KeyboardInterrupt, OutputError))):
+                    shutil.rmtree(stage, ignore_errors=True)
+                raise
 
 
-def _replace(stage: Path, target: Path) -> None:
+def stage_path(target: Path) -> Path:
+    """Where a folder stands until it is complete."""
+    return target.with_name(f".{target.name}.staged")
+
+
+def retired_path(target: Path) -> Path:
+    """Where an old folder stands for the moment in which it is replaced, on systems that cannot exchange two."""
+    return target.with_name(f".{target.name}.retired")
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder so that it is never seen in parts; call it under a lock that covers the folder."""
+    stage = stage_path(folder)
+    _remove(stage)
+    os.rename(folder, stage)
+    sync_folder(folder.parent)
+    _remove(stage)
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder, and bring back what they were replacing; the living are spared."""
+    hidden = {path.name.rpartition(".")[0][1:] for path in folder.glob(".?*.*") if path.suffix in _LEFTOVERS}
+    for target in sorted(folder / name for name in hidden):
+        try:
+            with exclusive(target):
+                _restore(target)
+                _remove(stage_path(target))
+                target.with_name(f".{target.name}.part").unlink(missing_ok=True)
+        except BusyError:
+            continue
+
+
+def _publish(stage: Path, target: Path) -> None:
+    """Give a complete stage its final name; an old folder of that name is replaced and deleted."""
+    sync_tree(stage)
     if not target.exists():
         os.rename(stage, target)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.retired-", dir=target.parent))
-    os.rename(target, retired / "old")
-    try:
+    elif not exchange(stage, target):
+        os.rename(target, retired_path(target))
         os.rename(stage, target)
-    except OSError:
-        os.rename(retired / "old", target)
-        raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+    sync_folder(target.parent)
+    shutil.rmtree(stage, ignore_errors=True)  # the old one, if they changed places
+    shutil.rmtree(retired_path(target), ignore_errors=True)
+
+
+def _restore(target: Path) -> None:
+    """Bring back an old folder whose replacement did not come; delete it if it did."""
+    retired = retired_path(target)
+    if retired.exists() and not target.exists():
+        os.rename(retired, target)
+        sync_folder(target.parent)
+    _remove(retired)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from l4q.durable import output_errors, write_atomic
 from l4q.errors import UsageError
+from l4q.files import clean_leftovers, discard
+from l4q.locks import FolderLock
 from l4q.train_options import TrainOptions
 from l4q.train_state import newest_state, read_json, write_json
 
@@ -36,13 +38,20 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.checkpoint = path / "checkpoint"
+        self._lock: FolderLock | None = None
 
     def claim(self, options: TrainOptions) -> None:
         """Check that the run may be written: the folder is new, or holds a run to continue or to replace.
 
+        The run is this process's from here on, until `release`.
+
         Raises:
             UsageError: The folder is not empty and neither resume nor overwrite is set; or it is not a run's folder.
+            BusyError: Another process is training this run.
         """
+        with output_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock.acquire(Path(os.path.realpath(self.path)))
         occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
         if occupied and not (options.resume or options.overwrite):
             raise UsageError(
@@ -53,6 +62,11 @@ class RunFolder:
             )
         if occupied:
             self._require_run()
+
+    def release(self) -> None:
+        """Let other processes write the run."""
+        if self._lock is not None:
+            self._lock.release()
 
     def check(self, options: TrainOptions, data_facts: dict[str, Any]) -> None:
         """Compare the options and data with those that a run being continued was started with.
@@ -65,14 +79,13 @@ class RunFolder:
 
     def start(self, options: TrainOptions, data_facts: dict[str, Any]) -> None:
         """Create the folder, or clean up what a killed run left behind, and record options, versions and data."""
-        if options.overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        for pattern in (".*.staged-*", ".*.retired-*"):
-            for leftover in self.path.glob(pattern):
-                shutil.rmtree(leftover)
-        if not self.config.exists():
-            write_json(self.config, _record(options, data_facts))
+        with output_errors(self.path):
+            if options.overwrite and self.path.exists():
+                discard(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self.path)
+            if not self.config.exists():
+                write_json(self.config, _record(options, data_facts))
 
     def resume_point(self) -> tuple[int, Path] | None:
         """The newest intact state; metrics of later steps are dropped, as those steps are trained again."""
@@ -130,9 +143,7 @@ class RunFolder:
                 continue
             if entry["step"] <= step:
                 kept.append(line + "\n")
-        temporary = self.metrics.with_name(".metrics.jsonl.part")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.metrics)
+        write_atomic(self.metrics, "".join(kept))
 
 
 def _record(options: TrainOptions, data_facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,156 +1,164 @@
-"""Sharded safetensors: a reader that checks all headers before any data, a writer that holds one shard in memory."""
+"""Sharded safetensors: a reader that checks all headers before any data (`l4q.shard_writer` writes them).
+
+Tensors are read with pread into memory of their own, not mapped: what was read and dropped again does not stay in the
+process's resident memory, however large the files are.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from l4q.errors import UsageError
+from l4q.shard_layout import INDEX, SINGLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 1_000_000_000
+_NUMPY = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
+    "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8",
+}  # fmt: skip
+"""NumPy's dtype by safetensors' word; those it lacks are torch's."""
+_TORCH = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+ALL = slice(None)
+"""Every row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a tensor lies, from a header."""
+
+    path: Path
+    start: int
+    """Position of its first byte in the file."""
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class ShardReader:
-    """Tensors of all shards of a folder by name, memory-mapped."""
+    """Tensors of all shards of a folder by name."""
 
-    def __init__(self, folder: Path, handles: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, file_names: list[str]) -> None:
         self.folder = folder
-        self._handle_of: dict[str, Any] = {}
-        for file_name, handle in handles.items():
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                if name in self._handle_of:
-                    raise UsageError("a tensor stands in two shards", where=folder / file_name, got=name)
-                self._handle_of[name] = handle
-        self.names: frozenset[str] = frozenset(self._handle_of)
+        self._places: dict[str, _Place] = {}
+        self._metadata: dict[Path, dict[str, str]] = {}
+        for file_name in file_names:
+            places, self._metadata[folder / file_name] = _read_header(folder / file_name)
+            twice = sorted(set(places) & set(self._places))
+            if twice:
+                raise UsageError("a tensor stands in two shards", where=folder / file_name, got=twice[0])
+            self._places |= places
+        self.names: frozenset[str] = frozenset(self._places)
 
     @classmethod
     def open(cls, folder: Path) -> ShardReader:
-        """Map model.safetensors, or the shards its index names.
+        """Read the headers of model.safetensors, or of the shards its index names.
 
         Raises:
             UsageError: A shard is missing, truncated or malformed, or the index and the shards disagree.
         """
-        from safetensors import SafetensorError, safe_open
-
         weight_map = _read_index(folder)
-        handles = {}
-        for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
-            path = folder / file_name
-            try:
-                handles[file_name] = safe_open(path, framework="pt")
-            except FileNotFoundError as error:
-                raise UsageError(
-                    "a weight file is missing", where=path, remedy="copy the whole folder again"
-                ) from error
-            except (SafetensorError, OSError) as error:
-                raise UsageError(
-                    "a weight file is not valid safetensors",
-                    where=path,
-                    got=error,
-                    expected="a complete safetensors file",
-                    remedy="it is truncated or damaged: copy or write it again",
-                ) from error
-        reader = cls(folder, handles)
+        reader = cls(folder, sorted(set(weight_map.values())) if weight_map else [SINGLE])
         if weight_map and set(weight_map) != reader.names:
             odd = sorted(set(weight_map) ^ reader.names)[:5]
             raise UsageError("the index and the shards name different tensors", where=folder / INDEX, got=odd)
         return reader
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
-        tensor: torch.Tensor = self._handle_of[name].get_tensor(name)
-        return tensor
+    def tensor(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        """Read one tensor, or a range of its first axis.
 
-    def numpy(self, name: str) -> npt.NDArray[Any]:
-        """Read one tensor as a NumPy array; not for bfloat16."""
-        array: npt.NDArray[Any] = self.tensor(name).numpy()
-        return array
+        Raises:
+            UsageError: Its dtype is none of torch's, or the file was cut after it was opened.
+        """
+        import torch
+
+        place = self._places[name]
+        if place.dtype in _NUMPY:
+            return torch.from_numpy(self.numpy(name, rows))
+        if place.dtype not in _TORCH:
+            raise UsageError(
+                "a tensor has a dtype that is not read", where=f"{place.path}: {name}", got=place.dtype,
+                expected=f"one of {[*_NUMPY, *_TORCH]}",
+            )  # fmt: skip
+        data, shape = _read(place, rows)
+        return torch.from_numpy(data).view(getattr(torch, _TORCH[place.dtype])).reshape(shape)
+
+    def numpy(self, name: str, rows: slice = ALL) -> npt.NDArray[Any]:
+        """Read one tensor as a NumPy array, or a range of its first axis; not for bfloat16."""
+        data, shape = _read(self._places[name], rows)
+        return data.view(_NUMPY[self._places[name].dtype]).reshape(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header."""
-        return tuple(self._handle_of[name].get_slice(name).get_shape())
+        return self._places[name].shape
 
     def dtype(self, name: str) -> str:
         """Dtype from the header in safetensors' words: "F32", "U8", ..."""
-        return str(self._handle_of[name].get_slice(name).get_dtype())
+        return self._places[name].dtype
 
     def metadata(self, name: str) -> dict[str, str]:
         """The free-form metadata of the shard that holds a tensor."""
-        return dict(self._handle_of[name].metadata() or {})
+        return self._metadata[self._places[name].path]
 
 
-class ShardWriter:
-    """Collects tensors and writes a shard whenever the next addition would exceed the limit."""
-
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self._folder = folder
-        self._limit = max_shard_bytes
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._metadata: dict[str, str] = {}
-        self._bytes = 0
-        self._total = 0
-        self._shards: list[list[str]] = []
-
-    def add(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Add tensors that belong together; they share a shard."""
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._tensors and self._bytes + size > self._limit:
-            self._flush()
-        self._tensors.update(tensors)
-        self._metadata.update(metadata)
-        self._bytes += size
-
-    def close(self) -> None:
-        """Write the last shard, give the shards their final names and write the index if there are several."""
-        if self._tensors or not self._shards:
-            self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._part(0).rename(self._folder / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        part = self._part(len(self._shards))
-        save_file(self._tensors, part, metadata={"format": "pt", **self._metadata})
-        sort_metadata(part)
-        part.chmod(0o644)  # save_file leaves 0600
-        self._shards.append(list(self._tensors))
-        self._total += self._bytes
-        self._tensors, self._metadata, self._bytes = {}, {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f".shard-{number:05d}.part"
+def _read(place: _Place, rows: slice) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]]:
+    """The bytes of a tensor's rows, and their shape."""
+    first, last, _ = rows.indices(place.shape[0]) if place.shape else (0, 1, 1)
+    shape = (last - first, *place.shape[1:]) if place.shape else ()
+    row_bytes = place.nbytes // max(1, place.shape[0]) if place.shape else place.nbytes
+    data = np.empty((last - first) * row_bytes, dtype=np.uint8)
+    view, position = data.data, place.start + first * row_bytes
+    with open(place.path, "rb", buffering=0) as file:
+        while view.nbytes:
+            count = os.preadv(file.fileno(), [view], position)
+            if not count:
+                raise UsageError("a weight file was cut while it was read", where=place.path, remedy="copy it again")
+            view, position = view[count:], position + count
+    return data, shape
 
 
-def sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata keys in order, in place.
+def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Places of a file's tensors and its free-form metadata, once the library has accepted the header.
 
-    The library writes them in the order of a randomly seeded hash map, so equal content would give unequal bytes.
+    Raises:
+        UsageError: The file is missing, truncated or malformed.
     """
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(ordered.ljust(size))  # the format pads headers with spaces
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"), open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(size))
+    except FileNotFoundError as error:
+        raise UsageError("a weight file is missing", where=path, remedy="copy the whole folder again") from error
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            "a weight file is not valid safetensors",
+            where=path,
+            got=error,
+            expected="a complete safetensors file",
+            remedy="it is truncated or damaged: copy or write it again",
+        ) from error
+    metadata = entries.pop("__metadata__", None) or {}
+    places = {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        places[name] = _Place(
+            path=path,
+            start=8 + size + begin,
+            nbytes=end - begin,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+        )
+    return places, metadata
 
 
 def _read_index(folder: Path) -> dict[str, str]:

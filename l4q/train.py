@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +97,16 @@ def train(options: TrainOptions) -> dict[str, Any]:
     quiet_others()
     kernels_for(options.kernels, device.type)  # refuses what cannot run there
     run = RunFolder(options.out)
-    decide(lambda: run.claim(options))
+    try:
+        decide(lambda: run.claim(options))
+        return _train(options, args, run)
+    finally:
+        run.release()
+
+
+def _train(options: TrainOptions, args: TrainingArguments, run: RunFolder) -> dict[str, Any]:
+    """`train`, within a run folder that is this process's."""
+    device = args.device
     model, tokenizer = load_model(options)
     context = context_length(model)
     data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
@@ -130,8 +138,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     model.config.use_cache = use_cache  # the Trainer switches it off, and the checkpoint would generate without one
     seconds = time.monotonic() - began
     perplexities |= evaluator.measure("trained", model)
-    decide(lambda: shutil.rmtree(run.checkpoint, ignore_errors=True))  # of a run killed before it recorded its result
-    save_frozen(model, tokenizer, options, run.checkpoint)
+    # A run killed before it recorded its result has left a checkpoint; someone may be reading it.
+    save_frozen(model, tokenizer, options, run.checkpoint, overwrite=True)
     result = {
         "run": str(run.path),
         "checkpoint": str(run.checkpoint),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from l4q.cli_common import progress_console
+from l4q.cli_command import progress_console
 from l4q.distributed import whole
+from l4q.durable import output_errors
 from l4q.errors import L4QError
 from l4q.train_state import newest_state
 from l4q.train_view import View, choose_view
@@ -86,7 +87,7 @@ class StepReport(TrainerCallback):
             "eta_s": (now - self._started) / done * (state.max_steps - state.global_step),
             **{key: logs[key] for key in MEASURED if key in logs},
         }
-        with self._path.open("a", encoding="utf-8") as file:
+        with output_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if self._view is not None:
             self._view.show(metrics, state.max_steps)

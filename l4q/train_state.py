@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from l4q.durable import sync_file, write_atomic
 from l4q.errors import UsageError
+from l4q.files import discard
 from l4q.state_tensors import load_tensors, save_sharded, save_tensors, saved_tensors
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def seal_state(folder: Path, step: int) -> None:
     """Hash and flush every file of a state, then write its manifest."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     for path in paths:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
     files = {path.name: _sha256(path) for path in paths}
     write_json(folder / MANIFEST, {"format_version": STATE_FORMAT, "step": step, "files": files})
 
@@ -83,7 +82,7 @@ def seal_state(folder: Path, step: int) -> None:
 def prune_states(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` states."""
     for _, path in list_states(run)[:-keep]:
-        shutil.rmtree(path)
+        discard(path)
 
 
 def save_optimizer(folder: Path, optimizer: Any, names: Mapping[torch.Tensor, str]) -> None:
@@ -193,13 +192,7 @@ def load_rng(folder: Path, rank: int) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is either old or new, never half, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:

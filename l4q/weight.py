@@ -18,27 +18,13 @@ F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QuantizedWeight:
-    """Integer codes of one linear layer with the group parameters that give them their values.
-
-    With g = i // group_size and every operation in float32:
-
-        zeros and mins None:  weight[o, i] = (codes[o, i] - 2**(bits-1)) * scales[o, g]      ("none")
-        zeros:                weight[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g]       ("integer")
-        mins:                 weight[o, i] = scales[o, g] * codes[o, i] + mins[o, g]          ("float")
-
-    The first two are exact in float32 (16 significant bits at most); the third rounds once.
-
-    On a K grid (`l4q.k_grids`), a superblock of 256 columns shares one value of scales and of mins, and with
-    k = i // 256 the equations hold with scales[o, k] * sub_scales[o, g] in place of scales[o, g] and
-    mins[o, k] * sub_mins[o, g] in place of mins[o, g]. Both products are exact in float32 (17 significant bits).
+class GroupParameters:
+    """What gives the codes of one linear layer their values; the equations are `QuantizedWeight`'s.
 
     Raises:
-        UsageError: A shape, dtype or value breaks the equation's ranges; the message names field, got and expected.
+        UsageError: A shape, dtype or value breaks the equations' ranges; the message names field, got and expected.
     """
 
-    codes: U8
-    """[out_features, in_features], values in [0, 2**bits)."""
     scales: F16
     """[out_features, groups], finite and > 0; on a K grid [out_features, in_features / 256]."""
     zeros: U8 | None = None
@@ -57,20 +43,10 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         self._check(self.bits in SUPPORTED_BITS, "bits", self.bits, f"one of {SUPPORTED_BITS}")
-        self._check(
-            self.codes.dtype == np.uint8 and self.codes.ndim == 2 and self.codes.size > 0,
-            "codes",
-            f"{self.codes.dtype} {self.codes.shape}",
-            "uint8 [out_features, in_features]",
-        )
-        self._check(
-            self.group_size > 0 and self.in_features % self.group_size == 0,
-            "group_size",
-            self.group_size,
-            f"a divisor of in_features {self.in_features}",
-        )
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
         self._check(self.zeros is None or self.mins is None, "zeros and mins", "both", "at most one of them")
-        self._check_range("codes", self.codes, 0, (1 << self.bits) - 1)
         grouped = (self.out_features, self.groups)
         shared = grouped if self.sub_scales is None else self._check_k_grid(self.sub_scales)
         paired = (self.sub_scales is not None and self.mins is not None) == (self.sub_mins is not None)
@@ -106,22 +82,22 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return (self.codes.shape[0], self.codes.shape[1])
+        return (self.out_features, self.in_features)
 
     @property
     def out_features(self) -> int:
         """Rows."""
-        return int(self.codes.shape[0])
+        return int(self.scales.shape[0])
 
     @property
     def in_features(self) -> int:
         """Columns."""
-        return int(self.codes.shape[1])
+        return self.groups * self.group_size
 
     @property
     def groups(self) -> int:
         """Groups per row, in_features // group_size."""
-        return self.in_features // self.group_size
+        return int((self.scales if self.sub_scales is None else self.sub_scales).shape[1])
 
     @cached_property
     def zero_point(self) -> ZeroPoint:
@@ -162,16 +138,6 @@ class QuantizedWeight:
             return self.zeros
         return np.full((self.out_features, self.groups), 1 << (self.bits - 1), dtype=np.uint8)
 
-    def dequantize(self) -> F32:
-        """The float32 weight [out_features, in_features] by the class equation."""
-        codes = self.codes.reshape(self.out_features, self.groups, self.group_size)  # [out, groups, group_size]
-        scales, mins = self.group_scales()[:, :, None], self.group_mins()
-        if mins is not None:
-            values = codes.astype(np.float32) * scales + mins[:, :, None]
-        else:
-            values = (codes.astype(np.float32) - self.integer_zeros().astype(np.float32)[:, :, None]) * scales
-        return values.reshape(self.shape)
-
     def _check(self, holds: bool, field: str, got: object, expected: str) -> None:
         if not holds:
             raise UsageError(
@@ -198,6 +164,72 @@ class QuantizedWeight:
     def _check_range(self, field: str, array: U8, low: int, high: int) -> None:
         smallest, largest = int(array.min()), int(array.max())
         self._check(low <= smallest and largest <= high, field, f"[{smallest}, {largest}]", f"[{low}, {high}]")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedWeight(GroupParameters):
+    """Integer codes of one linear layer with the group parameters that give them their values.
+
+    With g = i // group_size and every operation in float32:
+
+        zeros and mins None:  weight[o, i] = (codes[o, i] - 2**(bits-1)) * scales[o, g]      ("none")
+        zeros:                weight[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g]       ("integer")
+        mins:                 weight[o, i] = scales[o, g] * codes[o, i] + mins[o, g]          ("float")
+
+    The first two are exact in float32 (16 significant bits at most); the third rounds once.
+
+    On a K grid (`l4q.k_grids`), a superblock of 256 columns shares one value of scales and of mins, and with
+    k = i // 256 the equations hold with scales[o, k] * sub_scales[o, g] in place of scales[o, g] and
+    mins[o, k] * sub_mins[o, g] in place of mins[o, g]. Both products are exact in float32 (17 significant bits).
+
+    Raises:
+        UsageError: A shape, dtype or value breaks the equation's ranges; the message names field, got and expected.
+    """
+
+    codes: U8
+    """[out_features, in_features], values in [0, 2**bits)."""
+
+    def __post_init__(self) -> None:
+        self._check(self.bits in SUPPORTED_BITS, "bits", self.bits, f"one of {SUPPORTED_BITS}")
+        self._check(
+            self.codes.dtype == np.uint8 and self.codes.ndim == 2 and self.codes.size > 0,
+            "codes",
+            f"{self.codes.dtype} {self.codes.shape}",
+            "uint8 [out_features, in_features]",
+        )
+        self._check(
+            self.group_size > 0 and self.in_features % self.group_size == 0,
+            "group_size",
+            self.group_size,
+            f"a divisor of in_features {self.in_features}",
+        )
+        self._check_range("codes", self.codes, 0, (1 << self.bits) - 1)
+        self._check_parameters()
+
+    @property
+    def out_features(self) -> int:
+        """Rows."""
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """Columns."""
+        return int(self.codes.shape[1])
+
+    @property
+    def groups(self) -> int:
+        """Groups per row, in_features // group_size."""
+        return self.in_features // self.group_size
+
+    def dequantize(self) -> F32:
+        """The float32 weight [out_features, in_features] by the class equation."""
+        codes = self.codes.reshape(self.out_features, self.groups, self.group_size)  # [out, groups, group_size]
+        scales, mins = self.group_scales()[:, :, None], self.group_mins()
+        if mins is not None:
+            values = codes.astype(np.float32) * scales + mins[:, :, None]
+        else:
+            values = (codes.astype(np.float32) - self.integer_zeros().astype(np.float32)[:, :, None]) * scales
+        return values.reshape(self.shape)
 
 
 def _group_values(shared: F16, integers: U8 | None) -> F32:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from l4q.cli_common import command_line, print_json
+from l4q.cli_command import command_line, print_json
 from l4q.errors import UsageError
 
 PLACE = click.Path(path_type=Path, exists=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from l4q.cli_common import command_line, print_json, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import run
 
 
 @command_line(

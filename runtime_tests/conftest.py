@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from exporters.judge import JUDGES_VARIABLE
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import l4q_layers, save_l4q, wrap_linears
 from runtime_tests.engines.host import JUDGES
+from runtime_tests.fault_exports import Exports
+from runtime_tests.fault_worker import FaultWorker
 from runtime_tests.report_runs import Reports, make_reports
 from tools.fetch_judges import JUDGES as FOREIGN
 from tools.fetch_judges import is_installed
@@ -122,3 +124,16 @@ def reports(glass_checkpoint: CheckpointMaker, tmp_path_factory: pytest.TempPath
     text = _asset("text/wiki_demo.txt")
     checkpoints = glass_checkpoint("integer", group_size=32), glass_checkpoint("none", group_size=32)
     return make_reports(*checkpoints, text, tmp_path_factory.mktemp("reports"))
+
+
+@pytest.fixture(scope="session")
+def fault_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultWorker]:
+    """A process that forks commands, to be killed at chosen moments."""
+    with FaultWorker(tmp_path_factory.mktemp("fault-logs")) as worker:
+        yield worker
+
+
+@pytest.fixture(scope="session")
+def exports(fault_worker: FaultWorker, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Exports of a tiny checkpoint by that process."""
+    return Exports(tmp_path_factory.mktemp("fault-exports"), fault_worker)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from l4q.durable import write_atomic
 from l4q.errors import UsageError
 
 Report = Mapping[str, Any]
@@ -87,8 +88,8 @@ def write_report(report: Report, place: Path) -> None:
     from runtime_tests.report_html.page import render_page
 
     data, page = report_files(place)
-    data.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    page.write_text(render_page(report), encoding="utf-8")
+    write_atomic(data, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(page, render_page(report))
 
 
 def _baselines(report: Report) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from l4q.cli_common import progress_console
+from l4q.cli_command import progress_console
 from l4q.errors import UsageError
 from runtime_tests.evaluation import EngineOptions, engine_perplexity, find_target, load_for_tasks
 from runtime_tests.lm_tasks import TaskOptions, evaluate_tasks

@@ -16,9 +16,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
-from exporters.gptq.write import module_tensors
+from exporters.gptq.write import Packing
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig
+from l4q.packed_weight import PackedWeight
 from l4q.weight import QuantizedWeight
 from runtime_tests.gguf_requantize import requantize
 from runtime_tests.random_models import LINEARS
@@ -94,7 +95,9 @@ def dense_ct_parts(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 def gptq_parts(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """GPTQ v1 tensors at any number of bits; the export command writes 4-bit folders only."""
-    return {name.removeprefix("m."): tensor for name, tensor in module_tensors("m", weight, "gptq").items()}
+    packing = Packing(width=weight.bits, checkpoint_format="gptq")
+    arrays = packing.pack("m", PackedWeight.of(weight))
+    return {name.removeprefix("m."): torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays}
 
 
 def awq_parts(weight: QuantizedWeight) -> dict[str, torch.Tensor]:

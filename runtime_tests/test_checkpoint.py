@@ -23,7 +23,7 @@ from l4q.checkpoint import L4QCheckpoint, natural_order, save_checkpoint
 from l4q.config import LoraConfig, QuantConfig
 from l4q.errors import UsageError
 from l4q.model import l4q_layers, save_l4q, wrap_linears
-from l4q.shards import ShardWriter
+from l4q.shard_writer import ShardWriter
 from l4q.weight import QuantizedWeight
 from runtime_tests.conftest import CheckpointMaker, disturb
 
@@ -131,7 +131,6 @@ def test_sharded_checkpoint_opens(
 ) -> None:
     """A checkpoint split over many files reads like the same checkpoint in one."""
     source = L4QCheckpoint.open(glass_checkpoint("none", group_size=32))
-    monkeypatch.setattr("l4q.shards.MAX_SHARD_BYTES", 50_000)
     monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (50_000,))
     save_checkpoint(
         tmp_path / "split",

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from exporters.cli import command as export_command
-from l4q.cli_common import CommandLine
+from l4q.cli_command import CommandLine
 from l4q.cli_refreeze import command as freeze_command
 from l4q.cli_train import command as train_command
 from l4q.cli_train import parse_options

@@ -23,7 +23,8 @@ from exporters.cli import FORMATS
 from l4q import errors
 from l4q.cli import SUBCOMMANDS
 from l4q.cli import command as group
-from l4q.cli_common import EXIT_CODES, CommandLine, shared_options, status
+from l4q.cli_command import CommandLine, shared_options
+from l4q.cli_common import EXIT_CODES, status
 from l4q.config import QuantConfig
 from l4q.errors import L4QError, UsageError
 from runtime_tests.tiny_llama import tiny_checkpoint
@@ -218,6 +219,6 @@ def test_ctrl_c_while_writing(
     assert status(load("export")) == 130
     watcher.join(10)
     shown = capsys.readouterr()
-    assert shown.err.strip() == "interrupted"
+    assert shown.err.strip() == "interrupted by SIGINT; nothing half-written was left"
     assert shown.out == ""
     assert not (out / "onnx").exists()

@@ -174,11 +174,11 @@ def test_float32_keeps_dense_tensors_exact(tmp_path: Path) -> None:
 def test_shards_are_filled_and_indexed(tmp_path: Path) -> None:
     """Small shards give several non-empty files and an index naming each tensor once; a huge tensor stands alone."""
     checkpoint = tiny_checkpoint(tmp_path, QuantConfig())
-    options = ExportOptions()
+    options = ExportOptions(max_shard_bytes=9_000)
     plan, folder = gptq.plan(checkpoint, options), tmp_path / "out"
     seen: list[str] = []
     folder.mkdir()
-    write(checkpoint, plan, folder, options, seen.append, max_shard_bytes=9_000)
+    write(checkpoint, plan, folder, options, seen.append)
     files = sorted(folder.glob("*.safetensors"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert seen == [tensor.name for tensor in plan.tensors]

@@ -130,7 +130,7 @@ def test_ctrl_c_on_a_terminal(glassllm_dir: Path, tmp_path: Path) -> None:
     assert "scale drift" in seen
     assert "Traceback" not in seen
     after = seen[seen.rindex("\x1b[?25h") :]
-    assert after.count("interrupted; --resume continues from the newest saved state") == 1
+    assert after.count("interrupted by SIGINT; --resume continues from the newest saved state") == 1
     assert not COLOURS.search(seen)
     assert (tmp_path / "run/metrics.jsonl").exists()
     assert not (tmp_path / "run/checkpoint").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from l4q.cli import SUBCOMMANDS
-from l4q.cli_common import EXIT_CODES, CommandLine, run, shared_options
+from l4q.cli_command import CommandLine, shared_options
+from l4q.cli_common import EXIT_CODES, run
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """# The command line
@@ -24,8 +25,9 @@ their own, like `l4q-train`, are the same commands.
   lines, and tables are as wide as `COLUMNS`, 80 by default.
 - An option that can be repeated also takes several values at once: `--to gptq gguf`.
 - A misspelt option, choice, command or key of a configuration file is answered with the nearest one.
-- Ctrl-C ends with one line and exit code 130. What was being written does not appear under its final name;
-  `l4q-train --resume` continues from the newest saved state.
+- Ctrl-C ends with one line and exit code 130, after cleaning up, and so do SIGTERM and a closed terminal with theirs.
+  What was being written does not appear under its final name; `l4q-train --resume` continues from the newest saved
+  state, and `l4q-export --resume` with the files that are complete.
 
 """
 CONFIG = """

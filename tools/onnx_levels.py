@@ -63,7 +63,7 @@ def measure(
     blocks = blocks_of(checkpoint)
     cases = [(blocks[0], 0), *((block, 4) for block in blocks)]
     for block in blocks:
-        export(checkpoint, "onnx", folder / str(block), ExportOptions(onnx_block_size=block), check=False)
+        export(checkpoint, "onnx", folder / str(block), ExportOptions(onnx_block_size=block), check="none")
     comparisons = [LogprobComparison() for _ in cases]
     oracle = TorchEngine(str(checkpoint.path))
     engines = [OnnxEngine(str(folder / str(block)), threads=1, accuracy_level=level) for block, level in cases]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.hf_folder import missing_judge, read_section
+from exporters.hf_folder import missing_judge, packed_modules, read_section
 from exporters.hf_plan import HEAD
 from l4q.errors import VerificationError
 from l4q.shards import ShardReader
@@ -21,8 +21,8 @@ EIGHTS = -0x77777778
 """int32 with 8 in every nibble: the zero-points of symmetric weights."""
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
-    """Decode every AWQ module: (module, float32 [out_features, in_features]).
+def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
+    """Decode every AWQ module, or those of `only`: (module, float32 [out_features, in_features]).
 
     The scales are widened to float32 first: compressed-tensors multiplies in the scales' dtype, and fp16 would round.
 
@@ -37,7 +37,7 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     except ImportError as error:
         raise missing_judge("an AWQ", error) from error
     shards = ShardReader.open(folder)
-    for module in sorted(name.removesuffix(PACKED) for name in shards.names if name.endswith(PACKED)):
+    for module in packed_modules(shards.names, PACKED, only):
         # the converter knows no -1: one group per row is a group as long as the row
         group_size = shards.shape(module + PACKED)[0] if section["group_size"] == -1 else int(section["group_size"])
         converter = AutoAWQConverter.from_autoawq_config({**section, "group_size": group_size})

@@ -5,21 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from exporters.awq.pack import BITS, pack_awq
-from exporters.container import NIBBLES, container_bits, widen
-from exporters.hf_folder import write_config, write_tensors
+from exporters.awq.pack import BITS, ORDER, PER_WORD, pack_awq
+from exporters.container import NIBBLES, container_bits, widen_packed
+from exporters.hf_folder import Arrays, write_config, write_tensors
 from exporters.hf_plan import HEAD, group_sizes, skipped_linears
-from exporters.plan import ExportOptions, ExportPlan
-from l4q.checkpoint import L4QCheckpoint
-from l4q.shards import MAX_SHARD_BYTES
-from l4q.weight import QuantizedWeight
-
-if TYPE_CHECKING:
-    import torch
+from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
+from exporters.transpose import transposed_nibbles
+from l4q.checkpoint import L4QCheckpoint, WeightInfo
+from l4q.packed_weight import PackedWeight
+from l4q.shard_layout import TensorSpec
 
 
 def write(
@@ -28,36 +26,40 @@ def write(
     folder: Path,
     options: ExportOptions,
     on_tensor: Callable[[str], None],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    record: FileRecord = NOTHING_DONE,
 ) -> None:
     """Write the planned tensors shard by shard, then the config and the side files.
 
     Raises:
         UnsupportedError: A dense value overflows the asked dtype.
     """
-    width = container_bits(checkpoint, options, NIBBLES)
-
-    def pack(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        return module_tensors(module, widen(weight, width))
-
-    write_tensors(checkpoint, plan, folder, options, pack, on_tensor, max_shard_bytes=max_shard_bytes)
+    container_bits(checkpoint, options, NIBBLES)
+    write_tensors(checkpoint, plan, folder, options, Packing(), on_tensor, record)
     write_config(checkpoint, folder, quantization_config(checkpoint), options)
 
 
-def module_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of a linear with K = in_features, N = out_features, G groups.
+class Packing:
+    """The three AWQ tensors of a linear with K = in_features, N = out_features, G groups.
 
     qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales float16 [G, N].
     """
-    import torch
 
-    arrays = {
-        "qweight": pack_awq(np.ascontiguousarray(weight.codes.T)),
-        "qzeros": pack_awq(np.ascontiguousarray(weight.integer_zeros().T)),
-        "scales": np.ascontiguousarray(weight.scales.T),
-    }
-    return {f"{module}.{part}": torch.from_numpy(array) for part, array in arrays.items()}
+    def specs(self, module: str, info: WeightInfo) -> tuple[TensorSpec, ...]:
+        """The tensors by their full names, from the header alone."""
+        rows, columns, groups = info.out_features, info.in_features, info.groups
+        return (
+            TensorSpec(name=f"{module}.qweight", dtype="I32", shape=(columns, rows // PER_WORD)),
+            TensorSpec(name=f"{module}.qzeros", dtype="I32", shape=(groups, rows // PER_WORD)),
+            TensorSpec(name=f"{module}.scales", dtype="F16", shape=(groups, rows)),
+        )
+
+    def pack(self, module: str, weight: PackedWeight) -> Arrays:
+        """Their values; qweight in pieces."""
+        wide = widen_packed(weight, BITS)
+        for piece in transposed_nibbles(wide.packed, wide.in_features, ORDER):
+            yield f"{module}.qweight", piece.view(np.int32)
+        yield f"{module}.qzeros", pack_awq(np.ascontiguousarray(wide.integer_zeros().T))
+        yield f"{module}.scales", np.ascontiguousarray(wide.scales.T)
 
 
 def quantization_config(checkpoint: L4QCheckpoint) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.hf_folder import missing_judge, read_section
+from exporters.hf_folder import missing_judge, packed_modules, read_section
 from exporters.judge import needs_newer_judge, read_elsewhere
 from l4q.errors import VerificationError
 from l4q.shards import ShardReader
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 PACKED = ".weight_packed"
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
-    """Decode every packed module: (module, float32 [out_features, in_features]).
+def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
+    """Decode every packed module, or those of `only`: (module, float32 [out_features, in_features]).
 
     The scales are widened to float32 first: compressed-tensors multiplies in the scales' dtype, and fp16 would round.
 
@@ -37,10 +37,10 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     config = QuantizationConfig.model_validate(section)
     widths = {int(scheme.weights.num_bits) for scheme in config.config_groups.values()}
     if any(needs_newer_judge(bits) for bits in widths):
-        yield from read_elsewhere("compressed-tensors", folder)
+        yield from read_elsewhere("compressed-tensors", folder, only)
         return
     shards = ShardReader.open(folder)
-    for module in sorted(name.removesuffix(PACKED) for name in shards.names if name.endswith(PACKED)):
+    for module in packed_modules(shards.names, PACKED, only):
         scheme = _scheme(config, module)
         prefix = f"{module}."
         parts = {name.removeprefix(prefix) for name in shards.names if name.startswith(prefix)} - {"bias"}

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exporters.compressed_tensors.pack import pack_codes, pack_zeros
+from exporters.compressed_tensors.pack import pack_zeros
 from exporters.compressed_tensors.plan import module_schemes, quantization_config
-from exporters.container import container_bits, widen
-from exporters.hf_folder import write_config, write_tensors
-from exporters.plan import ExportOptions, ExportPlan
-from l4q.checkpoint import L4QCheckpoint
-from l4q.shards import MAX_SHARD_BYTES
-from l4q.weight import QuantizedWeight
-
-if TYPE_CHECKING:
-    import torch
+from exporters.container import container_bits, widen_packed
+from exporters.hf_folder import Arrays, write_config, write_tensors
+from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
+from exporters.transpose import as_words
+from exporters.words import word_count
+from l4q.checkpoint import L4QCheckpoint, WeightInfo
+from l4q.packed_weight import PackedWeight
+from l4q.shard_layout import TensorSpec
 
 
 def write(
@@ -27,36 +26,51 @@ def write(
     folder: Path,
     options: ExportOptions,
     on_tensor: Callable[[str], None],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    record: FileRecord = NOTHING_DONE,
 ) -> None:
     """Write the planned tensors shard by shard, then the config and the side files.
 
     Raises:
         UnsupportedError: A dense value overflows the asked dtype.
     """
-    width, found = container_bits(checkpoint, options), module_schemes(checkpoint)
-
-    def pack(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        return module_tensors(module, widen(weight, width), symmetric=found[module].symmetric)
-
-    write_tensors(checkpoint, plan, folder, options, pack, on_tensor, max_shard_bytes=max_shard_bytes)
+    symmetric = frozenset(module for module, scheme in module_schemes(checkpoint).items() if scheme.symmetric)
+    packing = Packing(width=container_bits(checkpoint, options), symmetric=symmetric)
+    write_tensors(checkpoint, plan, folder, options, packing, on_tensor, record)
     write_config(checkpoint, folder, quantization_config(checkpoint, options), options)
 
 
-def module_tensors(module: str, weight: QuantizedWeight, *, symmetric: bool) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Packing:
     """The tensors of a linear with N = out_features, K = in_features, G groups.
 
-    weight_packed int32 [N, ceil(K * bits / 32)], weight_scale float16 [N, G], weight_shape int64 [2] = [N, K] and, for
-    asymmetric schemes only (vLLM refuses it in symmetric ones), weight_zero_point int32 [ceil(N * bits / 32), G].
+    weight_packed int32 [N, ceil(K * width / 32)], weight_scale float16 [N, G], weight_shape int64 [2] = [N, K] and, for
+    asymmetric schemes only (vLLM refuses it in symmetric ones), weight_zero_point int32 [ceil(N * width / 32), G].
     """
-    import torch
 
-    arrays = {
-        "weight_packed": pack_codes(weight.codes, weight.bits),
-        "weight_scale": np.ascontiguousarray(weight.scales),
-        "weight_shape": np.array(weight.shape, dtype=np.int64),
-    }
-    if not symmetric:
-        arrays["weight_zero_point"] = pack_zeros(weight.integer_zeros(), weight.bits)
-    return {f"{module}.{part}": torch.from_numpy(array) for part, array in arrays.items()}
+    width: int
+    """Bits per stored code."""
+    symmetric: frozenset[str]
+    """Modules whose scheme is symmetric."""
+
+    def specs(self, module: str, info: WeightInfo) -> tuple[TensorSpec, ...]:
+        """The tensors by their full names, from the header alone."""
+        rows, columns, groups = info.out_features, info.in_features, info.groups
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_packed": ("I32", (rows, word_count(columns, self.width))),
+            "weight_scale": ("F16", (rows, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if module not in self.symmetric:
+            found["weight_zero_point"] = ("I32", (word_count(rows, self.width), groups))
+        return tuple(
+            TensorSpec(name=f"{module}.{part}", dtype=dtype, shape=shape) for part, (dtype, shape) in found.items()
+        )
+
+    def pack(self, module: str, weight: PackedWeight) -> Arrays:
+        """Their values. A checkpoint's rows of bits are weight_packed's words already (pack.py)."""
+        wide = widen_packed(weight, self.width)
+        yield f"{module}.weight_packed", as_words(wide.packed).view(np.int32)
+        yield f"{module}.weight_scale", wide.scales
+        yield f"{module}.weight_shape", np.array(wide.shape, dtype=np.int64)
+        if module not in self.symmetric:
+            yield f"{module}.weight_zero_point", pack_zeros(wide.integer_zeros(), self.width)

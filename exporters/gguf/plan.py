@@ -62,6 +62,7 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     return ExportPlan(
         format="gguf",
         tensors=tensors,
+        packages=("gguf",),
         runtimes=(RuntimeSupport(runtime="llama.cpp", loads=True),),
         notes=(
             f"file: {file_name(checkpoint, tensors)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import gguf
@@ -15,9 +15,10 @@ from exporters.gguf.names import architecture_of_file, module_names, permuted_he
 from l4q.errors import UsageError
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Decode every quantized module of the folder's GGUF file: (module, float32 [out, in]) in Hugging Face row order.
+def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Decode every quantized module of the folder's GGUF file, or those of `only`: (module, float32 [out, in]).
 
+    Rows are in Hugging Face's order.
     Only the file is consulted: block count, head counts and the list of quantized tensors come from its metadata.
 
     Raises:
@@ -33,6 +34,8 @@ def read_back(folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     if missing:
         raise UsageError("the file lacks quantized tensors it lists", where=folder, got=", ".join(missing))
     for target in wanted:
+        if only is not None and modules[target] not in only:
+            continue
         tensor = tensors[target]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         values = values + np.float32(0)  # a block with a negative scale has negative zeros

@@ -17,8 +17,9 @@ from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, r
 from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
 from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_name
 from exporters.gguf.vocab import read_vocabulary
-from exporters.plan import ExportOptions, ExportPlan, PlannedTensor
+from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
+from l4q.durable import sync_file
 from l4q.errors import UnsupportedError
 
 Data = npt.NDArray[np.generic]
@@ -30,13 +31,17 @@ def write(
     folder: Path,
     options: ExportOptions,
     on_tensor: Callable[[str], None],
+    record: FileRecord = NOTHING_DONE,
 ) -> None:
-    """Write the planned file into `folder`, holding one tensor in memory at a time.
+    """Write the planned file into `folder`, holding one tensor in memory at a time; a complete one is kept.
 
     Equal checkpoints give equal bytes: the metadata has no times or paths.
     """
+    path = folder / file_name(checkpoint, plan.tensors)
+    if record.finished(path.name):
+        return
     architecture = architecture_of(checkpoint.architecture)
-    writer = gguf.GGUFWriter(folder / file_name(checkpoint, plan.tensors), architecture.name)
+    writer = gguf.GGUFWriter(path, architecture.name)
     try:
         _add_metadata(writer, checkpoint, plan, architecture)
         for tensor in plan.tensors:
@@ -49,6 +54,8 @@ def write(
             on_tensor(tensor.name)
     finally:
         writer.close()
+    sync_file(path)
+    record.add(path)
 
 
 def _add_metadata(

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.container import container_bits, widen
+from exporters.container import container_bits, widen_packed
 from exporters.files import write_json
 from exporters.gptq.dynamic import dynamic_rules, stated_group_size
 from exporters.gptq.pack import ZERO_OFFSET, encode_zeros
-from exporters.hf_folder import missing_judge, read_section, write_config, write_tensors
+from exporters.hf_folder import Arrays, missing_judge, packed_modules, read_section, write_config, write_tensors
 from exporters.hf_plan import HEAD, group_sizes, is_symmetric, skipped_linears
 from exporters.judge import needs_newer_judge, read_elsewhere
-from exporters.plan import ExportOptions, ExportPlan
-from exporters.words import pack_cols, pack_rows
+from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
+from exporters.transpose import as_words, transposed_words
+from exporters.words import pack_cols
 from l4q import __version__
-from l4q.checkpoint import L4QCheckpoint
+from l4q.checkpoint import L4QCheckpoint, WeightInfo
 from l4q.errors import VerificationError
-from l4q.shards import MAX_SHARD_BYTES, ShardReader
-from l4q.weight import F32, QuantizedWeight
+from l4q.packed_weight import PackedWeight
+from l4q.shard_layout import TensorSpec
+from l4q.shards import ShardReader
+from l4q.weight import F32
 
 if TYPE_CHECKING:
     import torch
@@ -40,40 +44,55 @@ def write(
     folder: Path,
     options: ExportOptions,
     on_tensor: Callable[[str], None],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    record: FileRecord = NOTHING_DONE,
 ) -> None:
     """Write the planned tensors shard by shard, then the configs and the side files.
 
     Raises:
         UnsupportedError: A dense value overflows the asked dtype.
     """
-    width = container_bits(checkpoint, options)
-
-    def pack(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        return module_tensors(module, widen(weight, width), options.gptq_format)
-
-    write_tensors(checkpoint, plan, folder, options, pack, on_tensor, max_shard_bytes=max_shard_bytes)
+    packing = Packing(width=container_bits(checkpoint, options), checkpoint_format=options.gptq_format)
+    write_tensors(checkpoint, plan, folder, options, packing, on_tensor, record)
     section = quantization_config(checkpoint, options)
     write_config(checkpoint, folder, section, options)
     write_json(folder / LEGACY_CONFIG_NAME, section)
 
 
-def module_tensors(module: str, weight: QuantizedWeight, checkpoint_format: str) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Packing:
     """The four GPTQ tensors of a linear with K = in_features, N = out_features, G groups.
 
-    qweight int32 [K * bits / 32, N], qzeros int32 [G, N * bits / 32], scales float16 [G, N], g_idx int32 [K].
+    qweight int32 [K * width / 32, N], qzeros int32 [G, N * width / 32], scales float16 [G, N], g_idx int32 [K].
     """
-    import torch
 
-    zeros = encode_zeros(weight.integer_zeros(), weight.bits, checkpoint_format)
-    arrays = (
-        pack_rows(np.ascontiguousarray(weight.codes.T), weight.bits),  # [K * bits / 32, N]
-        pack_cols(np.ascontiguousarray(zeros.T), weight.bits),  # [G, N * bits / 32]
-        np.ascontiguousarray(weight.scales.T),  # [G, N]
-        _group_index(weight.in_features, weight.group_size),  # [K]
-    )
-    return {f"{module}.{suffix}": torch.from_numpy(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
+    width: int
+    """Bits per stored code."""
+    checkpoint_format: str
+    """A key of `ZERO_OFFSET`."""
+
+    def specs(self, module: str, info: WeightInfo) -> tuple[TensorSpec, ...]:
+        """The tensors by their full names, from the header alone."""
+        rows, columns, groups = info.out_features, info.in_features, info.groups
+        found = (
+            ("I32", (columns * self.width // 32, rows)),
+            ("I32", (groups, rows * self.width // 32)),
+            ("F16", (groups, rows)),
+            ("I32", (columns,)),
+        )
+        return tuple(
+            TensorSpec(name=f"{module}.{suffix}", dtype=dtype, shape=shape)
+            for suffix, (dtype, shape) in zip(SUFFIXES, found, strict=True)
+        )
+
+    def pack(self, module: str, weight: PackedWeight) -> Arrays:
+        """Their values; qweight in pieces."""
+        wide = widen_packed(weight, self.width)
+        for piece in transposed_words(as_words(wide.packed)):
+            yield f"{module}.qweight", piece.view(np.int32)
+        zeros = encode_zeros(wide.integer_zeros(), self.width, self.checkpoint_format)
+        yield f"{module}.qzeros", pack_cols(np.ascontiguousarray(zeros.T), self.width)
+        yield f"{module}.scales", np.ascontiguousarray(wide.scales.T)
+        yield f"{module}.g_idx", _group_index(wide.in_features, wide.group_size)
 
 
 def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> dict[str, Any]:
@@ -101,8 +120,8 @@ def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> di
     return section
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
-    """Decode every GPTQ module with compressed-tensors' bit decoder: (module, float32 [out_features, in_features]).
+def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
+    """Decode every GPTQ module, or those of `only`, with compressed-tensors' bit decoder: (module, float32 [out, in]).
 
     value = (q - z) * s with z as stored, because GPTQModel and transformers read qzeros; vLLM instead trusts `sym` and
     ignores qzeros and g_idx. A folder on which the two would disagree is refused.
@@ -115,10 +134,10 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     section = read_section(folder, "gptq", "a GPTQ")
     _check_legacy(folder, section)
     if needs_newer_judge(int(section["bits"])):
-        yield from read_elsewhere("gptq", folder)
+        yield from read_elsewhere("gptq", folder, only)
         return
     shards = ShardReader.open(folder)
-    for module in sorted(name.removesuffix(".qweight") for name in shards.names if name.endswith(".qweight")):
+    for module in packed_modules(shards.names, ".qweight", only):
         yield module, _decode(module, shards, section)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from l4q.cli_common import command_line, print_json, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import run
 
 
 @command_line("inspect", examples=("l4q-inspect RUN/checkpoint", "l4q-inspect model.gguf --json"))

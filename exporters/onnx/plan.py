@@ -13,6 +13,12 @@ from l4q.errors import UnsupportedError
 WIDENED = ("F32", "F16", "BF16")
 """Stored dtypes that float32 holds exactly."""
 
+GRAPH_PACKAGES = {
+    "built": ("onnx", "onnx-ir"),
+    "exported": ("onnx", "onnx-ir", "onnxscript", "torch", "transformers"),
+}
+"""Packages that decide the bytes of a graph, by where it comes from."""
+
 RUNTIMES = (
     RuntimeSupport(runtime="onnxruntime >= 1.24", loads=True, reason="opset 23; every linear fuses to MatMulNBits"),
     RuntimeSupport(
@@ -52,7 +58,8 @@ def plan(checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
     notes += source.notes
     if options.onnx_runtime_optimized:
         notes.append(optimized_note())
-    return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes))
+    packages = (*GRAPH_PACKAGES[source.kind], *(("onnxruntime",) if options.onnx_runtime_optimized else ()))
+    return ExportPlan(format="onnx", tensors=tuple(tensors), runtimes=RUNTIMES, notes=tuple(notes), packages=packages)
 
 
 def _check_names(checkpoint: L4QCheckpoint, source: GraphSource) -> None:

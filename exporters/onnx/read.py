@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ WEIGHT_SUFFIX = ".weight"
 BIAS_SUFFIX = ".group_bias"
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
-    """Decode every DequantizeLinear of model.onnx: (module, float32 [out_features, in_features]).
+def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, F32]]:
+    """Decode every DequantizeLinear of model.onnx, or those of the modules in `only`: (module, float32 [out, in]).
 
     Raises:
         UsageError: model.onnx or its data is missing or damaged.
@@ -31,6 +31,8 @@ def read_back(folder: Path) -> Iterator[tuple[str, F32]]:
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             module = node.input[0].removesuffix(WEIGHT_SUFFIX)
+            if only is not None and module not in only:
+                continue
             nodes = [*(casts[name] for name in node.input if name in casts), node]
             sources = [casts[name].input[0] if name in casts else name for name in node.input]
             names = [*sources, *(name for name in (module + BIAS_SUFFIX,) if name in tensors)]

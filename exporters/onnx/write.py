@@ -11,8 +11,9 @@ from exporters.files import copy_side_files, write_json
 from exporters.onnx.genai import CONFIG_NAME, genai_config
 from exporters.onnx.optimized import ACCURACY_OPTION, write_optimized
 from exporters.onnx.source import choose_source
-from exporters.plan import ExportOptions, ExportPlan
+from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
 from l4q.checkpoint import L4QCheckpoint
+from l4q.durable import sync_file
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -32,22 +33,39 @@ def write(
     folder: Path,
     options: ExportOptions,
     on_tensor: Callable[[str], None],
+    record: FileRecord = NOTHING_DONE,
 ) -> None:
-    """Write the planned folder, reading one module at a time.
+    """Write the planned folder, reading one module at a time; a complete model with its data is kept.
 
     Raises:
         UnsupportedError: As `exporters.onnx.plan.plan`.
         VerificationError: As `exporters.onnx.optimized.write_optimized`.
     """
     source = choose_source(checkpoint, options.onnx_graph)
-    metadata = {
-        ACCURACY_KEY: str(options.onnx_accuracy_level),
-        GRAPH_KEY: source.kind,
-        "l4q.zero_point": checkpoint.quant.zero_point,
-        "l4q.bits": str(checkpoint.quant.bits),
-        "l4q.group_size": str(checkpoint.quant.group_size),
-    }
-    model = source.build(options, metadata)
+    if not all(record.finished(name) for name in (MODEL_NAME, DATA_NAME)):
+        metadata = {
+            ACCURACY_KEY: str(options.onnx_accuracy_level),
+            GRAPH_KEY: source.kind,
+            "l4q.zero_point": checkpoint.quant.zero_point,
+            "l4q.bits": str(checkpoint.quant.bits),
+            "l4q.group_size": str(checkpoint.quant.group_size),
+        }
+        _save(source.build(options, metadata), plan, folder, on_tensor)
+        for name in (MODEL_NAME, DATA_NAME):
+            sync_file(folder / name)
+            record.add(folder / name)
+    if options.onnx_runtime_optimized:
+        write_optimized(folder, options.onnx_accuracy_level, len(checkpoint.modules))
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    write_json(folder / "config.json", {**config, "dtype": "float32"})
+    level = {ACCURACY_OPTION: str(options.onnx_accuracy_level)}
+    described = genai_config(checkpoint, source.sizes, filename=MODEL_NAME, session_options=level)
+    write_json(folder / CONFIG_NAME, described)
+    copy_side_files(checkpoint, folder)
+
+
+def _save(model: ir.Model, plan: ExportPlan, folder: Path, on_tensor: Callable[[str], None]) -> None:
+    """Write model.onnx and its external data, whose tensors are made one after another."""
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -65,11 +83,3 @@ def write(
     )
     for name in waiting.values():  # tensors small enough to live in model.onnx itself
         on_tensor(name)
-    if options.onnx_runtime_optimized:
-        write_optimized(folder, options.onnx_accuracy_level, len(checkpoint.modules))
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    write_json(folder / "config.json", {**config, "dtype": "float32"})
-    level = {ACCURACY_OPTION: str(options.onnx_accuracy_level)}
-    described = genai_config(checkpoint, source.sizes, filename=MODEL_NAME, session_options=level)
-    write_json(folder / CONFIG_NAME, described)
-    copy_side_files(checkpoint, folder)

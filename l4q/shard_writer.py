@@ -1,0 +1,195 @@
+"""Write sharded safetensors one tensor after another: nothing but the piece at hand is in memory.
+
+`write_shards` fills files whose layout is known beforehand. `ShardWriter` takes tensors whose sizes show only as they
+come: it keeps them in a file beside the shard and puts them in order when the shard is full.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from l4q.errors import UsageError
+from l4q.shard_layout import INDEX, MAX_SHARD_BYTES, ShardLayout, TensorSpec, Unit, index_json, shard_name
+
+if TYPE_CHECKING:
+    import torch
+
+Producer = Callable[[str], Iterable[tuple[str, "npt.NDArray[Any] | torch.Tensor"]]]
+"""Unit name -> (tensor name, values) pairs; the rows of a large tensor may come as several pairs, in order."""
+
+_COPY_BYTES = 8 << 20
+
+
+def write_shards(
+    folder: Path,
+    layouts: Iterable[ShardLayout],
+    produce: Producer,
+    *,
+    finished: Callable[[ShardLayout], bool] = lambda layout: False,
+    on_shard: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """Write the planned files and, if there are several, their index.
+
+    A file has its final name only once it is complete and on the disk.
+
+    Args:
+        folder: An existing folder.
+        layouts: From `plan_shards`.
+        produce: Called once per unit, in the planned order.
+        finished: Whether an earlier call has completed a shard already; its units are not produced again.
+        on_shard: Called with the path of every shard this call has completed.
+
+    Raises:
+        UsageError: A unit's tensors are not as planned.
+    """
+    layouts = tuple(layouts)
+    for layout in layouts:
+        if not finished(layout):
+            on_shard(_write_shard(folder, layout, produce))
+    if len(layouts) > 1:
+        (folder / INDEX).write_text(index_json(layouts), encoding="utf-8")
+
+
+def _write_shard(folder: Path, layout: ShardLayout, produce: Producer) -> Path:
+    part, final = folder / f".{layout.file_name}.part", folder / layout.file_name
+    with open(part, "wb", buffering=0) as file:
+        write_at(file.fileno(), np.frombuffer(layout.header, dtype=np.uint8), 0)
+        for unit in layout.units:
+            _write_unit(file.fileno(), layout, unit, produce(unit.name))
+        os.fsync(file.fileno())
+    part.rename(final)
+    return final
+
+
+def _write_unit(
+    file: int, layout: ShardLayout, unit: Unit, pieces: Iterable[tuple[str, npt.NDArray[Any] | torch.Tensor]]
+) -> None:
+    """Put every piece where its tensor's last piece ended."""
+    planned = {tensor.name: tensor for tensor in unit.tensors}
+    written = dict.fromkeys(planned, 0)
+    for name, values in pieces:
+        if name not in planned:
+            raise UsageError("a tensor is not in the plan", where=unit.name, got=name, expected=sorted(planned))
+        if dtype_word(values) != planned[name].dtype:
+            raise UsageError("not the planned dtype", where=name, got=dtype_word(values), expected=planned[name].dtype)
+        data = as_bytes(values)
+        if written[name] + data.nbytes > planned[name].nbytes:
+            raise _wrong_size(planned[name], written[name] + data.nbytes)
+        write_at(file, data, layout.offsets[name] + written[name])
+        written[name] += data.nbytes
+    for name, tensor in planned.items():
+        if written[name] != tensor.nbytes:
+            raise _wrong_size(tensor, written[name])
+
+
+class ShardWriter:
+    """Takes tensors one after another and completes a shard whenever the next addition would exceed the limit."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self._folder = folder
+        self._limit = max_shard_bytes
+        self._units: list[Unit] = []
+        self._places: dict[str, int] = {}
+        self._bytes = 0
+        self._shards: list[tuple[Unit, ...]] = []
+
+    def add(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        """Add tensors that belong together; they share a shard."""
+        specs = [
+            TensorSpec(name=name, dtype=dtype_word(value), shape=tuple(value.shape)) for name, value in tensors.items()
+        ]
+        unit = Unit(name=",".join(tensors), tensors=tuple(specs), metadata=metadata)
+        if self._units and self._bytes + unit.nbytes > self._limit:
+            self._complete()
+        with open(self._spool, "ab", buffering=0) as file:
+            for name, value in tensors.items():
+                data = as_bytes(value)
+                write_at(file.fileno(), data, self._bytes)
+                self._places[name] = self._bytes
+                self._bytes += data.nbytes
+        self._units.append(unit)
+
+    def close(self) -> None:
+        """Complete the last shard, give the shards their final names and write the index if there are several."""
+        if self._units or not self._shards:
+            self._complete()
+        count = len(self._shards)
+        layouts = []
+        for number, units in enumerate(self._shards):
+            layouts.append(ShardLayout(file_name=shard_name(number, count), units=units))
+            self._part(number).rename(self._folder / layouts[-1].file_name)
+        if count > 1:
+            (self._folder / INDEX).write_text(index_json(layouts), encoding="utf-8")
+
+    def _complete(self) -> None:
+        """Header and tensors in file order, copied from where they were collected."""
+        part = self._part(len(self._shards))
+        layout = ShardLayout(file_name=part.name, units=tuple(self._units))
+        self._spool.touch()
+        with open(self._spool, "rb", buffering=0) as source, open(part, "wb", buffering=0) as target:
+            write_at(target.fileno(), np.frombuffer(layout.header, dtype=np.uint8), 0)
+            for tensor in layout.tensors:
+                _copy(source.fileno(), self._places[tensor.name], target.fileno(), layout.offsets[tensor.name], tensor)
+        self._spool.unlink()
+        self._shards.append(tuple(self._units))
+        self._units, self._places, self._bytes = [], {}, 0
+
+    @property
+    def _spool(self) -> Path:
+        return self._folder / ".shard.spool"
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f".shard-{number:05d}.part"
+
+
+def dtype_word(values: npt.NDArray[Any] | torch.Tensor) -> str:
+    """safetensors' word for an array's or a tensor's dtype.
+
+    Raises:
+        UsageError: The format has no such dtype.
+    """
+    name = str(values.dtype).removeprefix("torch.")
+    if name not in _WORDS:
+        raise UsageError("a dtype has no place in safetensors files", got=name, expected=f"one of {sorted(_WORDS)}")
+    return _WORDS[name]
+
+
+_WORDS = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "bfloat16": "BF16",
+    "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64",
+}  # fmt: skip
+
+
+def as_bytes(values: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of an array or tensor in row-major order, little-endian; no copy if they lie so already."""
+    if not isinstance(values, np.ndarray):
+        import torch
+
+        flat: npt.NDArray[np.uint8] = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return flat
+    array = np.ascontiguousarray(values).reshape(-1)
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8)
+
+
+def write_at(file: int, data: npt.NDArray[np.uint8], position: int) -> None:
+    """Write all bytes at a position of an open file (the system may take fewer at once)."""
+    view = data.data
+    while view.nbytes:
+        count = os.pwrite(file, view, position)
+        view, position = view[count:], position + count
+
+
+def _copy(source: int, start: int, target: int, position: int, tensor: TensorSpec) -> None:
+    for done in range(0, tensor.nbytes, _COPY_BYTES):
+        block = os.pread(source, min(_COPY_BYTES, tensor.nbytes - done), start + done)
+        write_at(target, np.frombuffer(block, dtype=np.uint8), position + done)
+
+
+def _wrong_size(tensor: TensorSpec, got: int) -> UsageError:
+    return UsageError("not the planned size", where=tensor.name, got=f"{got} bytes", expected=f"{tensor.nbytes} bytes")
