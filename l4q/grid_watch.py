@@ -6,19 +6,20 @@ rows of A lie elsewhere, no clipped weights. Nothing here touches a gradient, a 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from l4q.distributed import is_main, is_sharded, own_rows
+from l4q.durable import write_atomic
 from l4q.linear import L4QLinear
 from l4q.model import l4q_layers
 from l4q.quant import GridParams, LoraUpdate, grid_params, merge_lora, position_
-from l4q.state_tensors import load_tensors, save_tensors
+from l4q.state_tensors import load_tensors
 
 LAYERS, ROWS = 24, 32
 """At most this many layers and about as many rows of each, both evenly spaced."""
@@ -41,25 +42,31 @@ class GridWatch(TrainerCallback):
         self._path = run / START
         self._start: dict[str, torch.Tensor] = {}
         self._zeros: dict[str, torch.Tensor] = {}
+        self._warming = False
 
     @torch.no_grad()
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the start's scales, or read them if the run continues; note where the zero-points are now."""
+        """Remember the start's scales, or read them if the run continues; note where the zero-points are now.
+
+        A run that an older version started did not keep them, and gets no figures.
+        """
         if state.global_step > 0 and self._quantizing() and self._path.exists():
             self._start = load_tensors(self._path)
             self._zeros = self._positions()
         elif self._quantizing() and state.global_step == 0:
             self._remember()
+        self._warming = not self._quantizing()
 
     @torch.no_grad()
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After a LoRA warm-up the grid starts here."""
-        if not self._start and state.global_step > 0 and self._quantizing():
+        if self._warming and self._quantizing():
             self._remember()
+            self._warming = False
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -87,11 +94,9 @@ class GridWatch(TrainerCallback):
         return bool(self._layers) and all(layer.quantizing for _, layer in self._layers)
 
     def _remember(self) -> None:
-        self._start = {name: _sample(layer.scales).clone().cpu() for name, layer in self._layers}
+        self._start = {name: _sample(layer.scales).clone().cpu().contiguous() for name, layer in self._layers}
         self._zeros = self._positions()
-        temporary = self._path.with_name(f".{START}.part")
-        save_tensors(temporary, self._start)
-        os.replace(temporary, self._path)
+        write_atomic(self._path, save(self._start))
 
     def _drift(self) -> float:
         total, count = 0.0, 0

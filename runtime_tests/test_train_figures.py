@@ -127,6 +127,10 @@ def test_a_resumed_run_has_the_same_figures(options: Options, tmp_path: Path, wa
     assert [line["step"] for line in after] == list(range(1, STEPS + 1))
     assert after == before
     assert [line["scale_drift"] is None for line in after] == [step <= warmup for step in range(1, STEPS + 1)]
+    older = rewind(whole.out, tmp_path / "older", STEPS - 1)  # as if started by a version without these figures
+    (older / "grid-start.safetensors").unlink()
+    train(replace(whole, out=older, resume=True))
+    assert "scale_drift" not in metrics(older)[-1]
 
 
 def test_symmetric_grids_have_no_zero_point_moves(options: Options) -> None:
