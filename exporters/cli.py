@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from l4q.cli_common import ByteSize, SpreadCommand, run
+from l4q.cli_command import CommandLine, SuggestingChoice, command_line, print_json
+from l4q.cli_common import ByteSize, run
 
 # Names only: the packages behind them load when a format is chosen, so that --help stays quick.
 FORMATS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx")
 
 
-class ExportCommand(SpreadCommand):
+class ExportCommand(CommandLine):
     """Offers the formats that other packages bring beside our own."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -22,15 +22,17 @@ class ExportCommand(SpreadCommand):
         from exporters.plugins import plugin_formats
 
         to = next(parameter for parameter in self.params if parameter.name == "formats")
-        to.type = click.Choice(tuple(dict.fromkeys((*FORMATS, *plugin_formats()))))
+        to.type = SuggestingChoice(tuple(dict.fromkeys((*FORMATS, *plugin_formats()))))
         return super().parse_args(ctx, args)
 
 
-@click.command(
-    name="export",
+@command_line(
+    "export",
     cls=ExportCommand,
-    epilog="Example: l4q-export RUN/checkpoint --to gptq gguf onnx --out exports",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    examples=(
+        "l4q-export RUN/checkpoint --to gptq gguf onnx --out exports",
+        "l4q-export RUN/checkpoint --to gguf --gguf-type Q4_1 --out exports --dry-run",
+    ),
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--to", "formats", multiple=True, required=True, type=click.Choice(FORMATS), help="One or more formats.")
@@ -48,13 +50,14 @@ class ExportCommand(SpreadCommand):
 )  # fmt: skip
 @click.option("--wait", is_flag=True, help="Wait for another process that writes the same folder.")
 @click.option("--allow-rounding", is_flag=True, help="Accept a format that cannot hold the trained values exactly.")
-@click.option("--gptq-format", type=click.Choice(["gptq", "gptq_v2"]), default="gptq", show_default=True)
 @click.option(
-    "--gguf-type",
-    type=click.Choice(["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]),
-    default="auto",
-    show_default=True,
-)
+    "--gptq-format", type=click.Choice(["gptq", "gptq_v2"]), default="gptq", show_default=True,
+    help="How zero-points are stored: gptq, minus one, which every reader knows; gptq_v2, as they are.",
+)  # fmt: skip
+@click.option(
+    "--gguf-type", type=click.Choice(["auto", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q3_K", "F32"]), default="auto",
+    show_default=True, help="Block type of the quantized layers; auto takes the smallest exact one, F32 dequantizes.",
+)  # fmt: skip
 @click.option(
     "--gguf-embeddings", type=click.Choice(["stored", "f16", "q8_0"]), default="stored", show_default=True,
     help="Dense embedding and output matrices; f16 and q8_0 round them.",
@@ -100,14 +103,13 @@ class ExportCommand(SpreadCommand):
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-to-hub: make a new repository private.")
 @click.option("--revision", metavar="BRANCH", help="With --push-to-hub: push to this branch instead of main.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Export CHECKPOINT, the folder l4q-train wrote, packing its trained integers without quantizing again."""
     from exporters.run import run_export
 
     summary = run_export(arguments, table=not as_json)
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        print_json(summary)
 
 
 def main() -> None:

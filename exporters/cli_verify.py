@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
 from l4q.errors import VerificationError
 
 
-@click.command(
-    name="verify",
-    epilog="Example: l4q-verify exports/gguf --source RUN/checkpoint",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@command_line("verify", examples=("l4q-verify RUN/checkpoint", "l4q-verify exports/gguf --source RUN/checkpoint"))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="The checkpoint it was exported from.")
 @click.option(
     "--verify", "mode", type=click.Choice(["full", "sample", "none"]), default="full", show_default=True,
     help="With --source: how many quantized tensors to decode with foreign code and compare.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(folder: Path, as_json: bool, **values: Any) -> None:
     """Check that FOLDER, an export or an L4Q checkpoint, holds the files its manifest lists, byte for byte.
 
@@ -34,7 +29,10 @@ def command(folder: Path, as_json: bool, **values: Any) -> None:
     from exporters.check_folder import check_folder
 
     checked = check_folder(folder, **values)
-    click.echo(json.dumps(checked.to_dict(), indent=2) if as_json else "\n".join(checked.lines()))
+    if as_json:
+        print_json(checked.to_dict())
+    else:
+        click.echo("\n".join(checked.lines()))
     if not checked.passed:
         raise VerificationError("the folder is not what was written", where=folder, got="see the list above")
 

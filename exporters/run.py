@@ -16,6 +16,7 @@ from exporters.manifest import verified_counts
 from exporters.plan import ExportOptions, ExportPlan
 from exporters.verify import VerifyReport
 from l4q.checkpoint import L4QCheckpoint
+from l4q.cli_command import progress_console
 from l4q.errors import UsageError
 from l4q.files import refuse_existing
 
@@ -144,7 +145,7 @@ def _export_with_bar(
     checkpoint: L4QCheckpoint, name: str, folder: Path, options: ExportOptions, arguments: dict[str, Any]
 ) -> ExportResult:
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=progress_console()) as bars:
         tasks: dict[str, Any] = {}
 
         def advance(stage: str, total: int, _tensor: str) -> None:

@@ -1,8 +1,6 @@
-"""What every command line shares: one clear message on stderr, and exit codes.
+"""How every command line ends: one clear message on stderr, and one of `EXIT_CODES`.
 
-0 ok, 2 usage, 3 unsupported or inexact, 4 verification failed, 74 the output could not be written, 75 another process
-is writing it; 128 + n when ended by signal n: 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal. A signal unwinds the
-command as Ctrl-C does, so that it cleans up first.
+A signal unwinds the command as Ctrl-C does, so that it cleans up first.
 """
 
 from __future__ import annotations
@@ -14,44 +12,31 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 
 from l4q.errors import L4QError, OutputError, PeerError, UsageError
 
+EXIT_CODES = {
+    0: "done; for `l4q-parity`: every runtime is within its bounds",
+    2: "bad usage or bad input: an unknown option, a value out of range, a missing or damaged file",
+    3: "unsupported or inexact: an architecture, format or runtime that cannot hold it; or training diverged",
+    4: "verification or parity failed",
+    74: "the output could not be written",
+    75: "another process is writing the same output",
+    129: "ended because the terminal was closed (SIGHUP)",
+    130: "interrupted by Ctrl-C (SIGINT)",
+    143: "ended by SIGTERM",
+}
+NOTHING_LEFT = "nothing half-written was left"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command after it has cleaned up."""
 UNEXPECTED = 70
 """sysexits' EX_SOFTWARE: a defect, or not enough memory."""
 DEBUG_VARIABLE = "L4Q_DEBUG"
 """Environment variable: let unexpected errors end in a traceback."""
-
-
-class SpreadCommand(click.Command):
-    """A command whose repeatable options also take several values at once: `--to gptq gguf` is `--to gptq --to gguf`.
-
-    Only words that the option accepts belong to it (a choice it offers, or a file that exists), so that an argument
-    after them is not swallowed.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option's name before each further value, then parse as usual."""
-        spread = {name: p for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
-        words: list[str] = []
-        current: str | None = None
-        for word in args:
-            if word.startswith("-"):
-                current = word if word in spread else None
-            elif current is not None and words[-1] != current:
-                if _accepts(spread[current], word):
-                    words.append(current)
-                else:
-                    current = None
-            words.append(word)
-        return super().parse_args(ctx, words)
 
 
 class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -72,14 +57,8 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click
         return size
 
 
-def _accepts(option: click.Option, word: str) -> bool:
-    if isinstance(option.type, click.Choice):
-        return word in option.type.choices
-    return isinstance(option.type, click.Path) and Path(word).is_file()
-
-
 def run(command: click.Command) -> NoReturn:
-    """Run a command and end the process with its exit code."""
+    """Run a command and end the process with one of `EXIT_CODES`."""
     sys.exit(status(command))
 
 
@@ -88,7 +67,7 @@ def status(command: click.Command) -> int:
 
     Of the processes of a distributed run only the first reports; another one speaks up when it fails alone.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[_CurrentStderr()], format="%(message)s")
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("l4q").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     with _unwinding() as received:
@@ -109,14 +88,26 @@ def _status(command: click.Command, rank: int, received: list[signal.Signals]) -
     except OSError as error:
         click.echo(f"error: the system refuses: {error}", err=True)
         return OutputError.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         number = received[0] if received else signal.SIGINT
-        click.echo(f"interrupted by {number.name}; nothing half-written was left", err=True)
+        said = str(error.__cause__ or "") or NOTHING_LEFT  # click makes Abort out of KeyboardInterrupt
+        click.echo(f"interrupted by {number.name}; {said}", err=True)
         return 128 + number
     except Exception as error:
         return _unexpected(error)
     # With standalone_mode off, --help and --version return click's exit code instead of raising it.
     return result if isinstance(result, int) else 0
+
+
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Logs to what sys.stderr is at the moment: a live display puts itself there, and lines then appear above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> IO[str]:
+        return sys.stderr
 
 
 @contextmanager

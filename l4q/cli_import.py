@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
 from l4q.config import ZeroPoint
 
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 
 
-@click.command(
-    name="import",
-    epilog="Example: l4q-import model.gguf --out CHECKPOINT && l4q-export CHECKPOINT --to onnx --out exports",
+@command_line(
+    "import",
+    examples=(
+        "l4q-import model.gguf --out CHECKPOINT",
+        "l4q-import TheBloke/TinyLlama-1.1B-GPTQ --out CHECKPOINT --dry-run",
+    ),
 )
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to create.")
-@click.option("--config", type=FOLDER, help="Folder with config.json and tokenizer, in place of a GGUF file's own.")
+@click.option(
+    "--model-config",
+    "config",
+    type=FOLDER,
+    help="Folder with config.json and tokenizer, in place of a GGUF file's own.",
+)
 @click.option(
     "--zero-point",
     type=click.Choice(get_args(ZeroPoint)),
@@ -33,7 +41,6 @@ FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.option("--allow-dense", is_flag=True, help="Keep modules that do not fit as dense float32, instead of stopping.")
 @click.option("--dry-run", is_flag=True, help="Print what would become of each module and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **values: Any) -> None:
     """Turn SOURCE into an L4Q checkpoint that holds the same integers.
 
@@ -45,7 +52,10 @@ def command(as_json: bool, **values: Any) -> None:
     options = ImportOptions(**values)
     plan = import_model(options)
     written = None if options.dry_run else str(options.out)
-    click.echo(json.dumps({**plan.to_dict(), "checkpoint": written}, indent=2) if as_json else format_plan(plan))
+    if as_json:
+        print_json({**plan.to_dict(), "checkpoint": written})
+    else:
+        click.echo(format_plan(plan))
     if options.dry_run:
         plan.check(allow_dense=options.allow_dense)
     elif not as_json:

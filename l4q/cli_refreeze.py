@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
 from l4q.config import ScaleGrid, ZeroPoint
 from l4q.train_options import EvalOptions
@@ -15,7 +15,13 @@ from l4q.train_options import EvalOptions
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
-@click.command(name="freeze", context_settings={"show_default": True})
+@command_line(
+    "freeze",
+    examples=(
+        "l4q-freeze RUN --step 200 --out CHECKPOINT",
+        "l4q-freeze RUN --zero-point integer --out CHECKPOINT --eval-text held_out.txt",
+    ),
+)
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to create.")
 @click.option("--step", type=int, help="Saved step to freeze.  [default: the newest]")
@@ -26,7 +32,6 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 @click.option("--eval-window", type=int, help="Tokens per window.  [default: 512, at most the model's context]")
 @click.option("--eval-windows", type=int, default=12, help="Number of windows.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(run_folder: Path, as_json: bool, **values: Any) -> None:
     """Freeze a saved step of RUN, a folder of l4q-train, to an L4Q checkpoint.
 
@@ -38,7 +43,10 @@ def command(run_folder: Path, as_json: bool, **values: Any) -> None:
     take = values.pop
     evaluation = EvalOptions(text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows"))
     result = refreeze(FreezeOptions(run=run_folder, evaluation=evaluation, **values))
-    click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(format_result(result))
 
 
 def format_result(result: dict[str, Any]) -> str:

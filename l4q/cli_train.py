@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from l4q.cli_common import SpreadCommand, run
+from l4q.cli_command import command_line, print_json
+from l4q.cli_common import run
 from l4q.config import (
     SUPPORTED_BITS,
     BaseStorage,
@@ -22,7 +22,7 @@ from l4q.config import (
     ZeroPoint,
 )
 from l4q.rules import Override
-from l4q.train_options import Amp, EvalOptions, OptimOptions, OptimState, TrainDtype, TrainOptions
+from l4q.train_options import Amp, EvalOptions, OptimOptions, OptimState, Reporter, TrainDtype, TrainOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 RESULT_LINES = {
@@ -33,7 +33,16 @@ RESULT_LINES = {
 }
 
 
-@click.command(name="train", cls=SpreadCommand, context_settings={"show_default": True})
+@command_line(
+    "train",
+    examples=(
+        "l4q-train HuggingFaceTB/SmolLM2-135M-Instruct --data my_texts.txt --out RUN",
+        "l4q-train MODEL --data chats.jsonl --bits 3 --steps 400 --out RUN \\\n"
+        "--eval-text held_out.txt --eval-every 50",
+        "l4q-train --config run.yaml --out RUN --resume",
+    ),
+    interrupted="--resume continues from the newest saved state",
+)
 @click.argument("model")
 @click.option("--data", type=FILE, multiple=True, required=True, help="One or more .txt, .jsonl or .json files.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; RUN/checkpoint is the result.")
@@ -117,7 +126,11 @@ RESULT_LINES = {
 @click.option("--eval-text", type=FILE, help="Held-out text; perplexity before and after training.")
 @click.option("--eval-window", type=int, help="Tokens per window.  [default: 512, at most the model's context]")
 @click.option("--eval-windows", type=int, default=12, help="Number of windows.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--eval-every", type=int, help="Steps between perplexities of --eval-text in training.  [default: never]")
+@click.option(
+    "--report-to", type=click.Choice(get_args(Reporter)), multiple=True, default=("none",),
+    help="Also send the figures of every step there, through the Trainer's own callback; repeatable.",
+)  # fmt: skip
 def command(as_json: bool, **values: Any) -> None:
     """Fine-tune MODEL with L4Q and freeze it to --out/checkpoint.
 
@@ -128,8 +141,10 @@ def command(as_json: bool, **values: Any) -> None:
     from l4q.train import train
 
     result = train(options)
-    if is_main():
-        click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    if is_main() and as_json:
+        print_json(result)
+    elif is_main():
+        click.echo(format_result(result))
     leave()
 
 
@@ -170,7 +185,10 @@ def parse_options(values: dict[str, Any]) -> TrainOptions:
         ),
         overrides=tuple(map(Override.parse, take("overrides"))),
         skip=tuple(take("skip")),
-        evaluation=EvalOptions(text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows")),
+        evaluation=EvalOptions(
+            text=take("eval_text"), window=take("eval_window"), windows=take("eval_windows"), every=take("eval_every")
+        ),
+        report_to=tuple(name for name in take("report_to") if name != "none"),
         **rest,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -28,9 +28,11 @@ from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
 from l4q.kernels.select import kernels_for
 from l4q.model import load_trainable_state, save_l4q, trained_grid, unquantized
+from l4q.reporters import require_reporters
 from l4q.run_folder import RunFolder
 from l4q.sharding import shard_model
 from l4q.state_tensors import saved_tensors
+from l4q.train_callbacks import HeldOut
 from l4q.train_model import load_model, wrap_model
 from l4q.train_options import EvalOptions, TrainOptions
 from l4q.train_state import TRAINABLE, read_json, write_json
@@ -54,10 +56,23 @@ class Evaluator:
         """{stage: perplexity}, or {} if there is no evaluation text."""
         if not self.windows:
             return {}
-        value = windows_perplexity(model, self.windows).value
-        reshard(model)
+        value = self.perplexity(model)
         log.info("perplexity, %s: %.3f", stage, value)
         return {stage: value}
+
+    def perplexity(self, model: Any) -> float:
+        """Perplexity on the windows; every process of a run takes part."""
+        value = windows_perplexity(model, self.windows).value
+        reshard(model)
+        return value
+
+
+class TrainingInput(NamedTuple):
+    """What the loop reads: examples, the id they are padded with, and what it is measured on."""
+
+    data: TrainingData
+    pad: int
+    held_out: HeldOut
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
@@ -76,6 +91,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     if amp != "none" and options.dtype == "float32":  # bfloat16 weights need no autocast
         options = replace(options, amp=amp)
     options = replace(options, fsdp=fsdp_requested() or options.fsdp)
+    require_reporters(options.report_to)
     args = training_arguments(options)
     device = args.device  # joins the other processes, if there are any
     quiet_others()
@@ -118,7 +134,8 @@ def _train(options: TrainOptions, args: TrainingArguments, run: RunFolder) -> di
     decide(lambda: run.start(options, data.facts()))
 
     began, use_cache = time.monotonic(), model.config.use_cache
-    state = _fit_model(model, args, options, run, data, padding_id(tokenizer))
+    held_out = HeldOut(evaluator.perplexity, options.evaluation.every)
+    state = _fit_model(model, args, options, run, TrainingInput(data, padding_id(tokenizer), held_out))
     model.config.use_cache = use_cache  # the Trainer switches it off, and the checkpoint would generate without one
     seconds = time.monotonic() - began
     perplexities |= evaluator.measure("trained", model)
@@ -173,13 +190,14 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        report_to=list(options.report_to) or "none",
+        run_name=options.out.resolve().name,
         disable_tqdm=True,
     )
 
 
 def _fit_model(
-    model: Any, args: TrainingArguments, options: TrainOptions, run: RunFolder, data: TrainingData, pad: int
+    model: Any, args: TrainingArguments, options: TrainOptions, run: RunFolder, given: TrainingInput
 ) -> dict[str, Any]:
     """Train from the start or the newest state; returns the final trainer_state.json's content."""
     trainer = L4QTrainer(
@@ -188,8 +206,9 @@ def _fit_model(
         optim=options.optim,
         keep_states=options.keep_states,
         lora_warmup_steps=options.lora_warmup_steps,
-        train_dataset=data.examples,
-        data_collator=make_collator(pad),
+        held_out=given.held_out,
+        train_dataset=given.data.examples,
+        data_collator=make_collator(given.pad),
     )
     point = decide(run.resume_point)
     if point is not None:

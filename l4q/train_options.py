@@ -15,6 +15,7 @@ from l4q.rules import Override
 TrainDtype = Literal["float32", "bfloat16"]
 Amp = Literal["none", "bfloat16"]
 OptimState = Literal["float32", "bfloat16", "8bit"]
+Reporter = Literal["none", "tensorboard", "wandb"]
 
 # A step size s is one number for a whole group of weights, so it wants smaller steps than LoRA's entries.
 SCALE_LR_RATIO = 1 / 20
@@ -68,11 +69,15 @@ class EvalOptions:
     """Tokens per window; None: 512, or the model's context if that is shorter."""
     windows: int = 12
     """Number of windows, from the middle of the text."""
+    every: int | None = None
+    """Optimizer steps between measurements during training; None = only before and after."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges, and that there is something to measure."""
         require(1 <= self.windows <= MOST_COUNT, "eval_windows", self.windows, f"from 1 to {MOST_COUNT}")
         require(self.window is None or self.window >= 2, "eval_window", self.window, "at least 2 tokens")
+        require(self.every is None or self.every >= 1, "eval_every", self.every, ">= 1")
+        require(self.every is None or self.text is not None, "eval_every", self.every, "with an --eval-text to measure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,8 @@ class TrainOptions:
     """Continue the run in `out`, or start it if there is none."""
     overwrite: bool = False
     """Delete the run in `out` first."""
+    report_to: tuple[str, ...] = ()
+    """Where the figures of every step also go: "tensorboard" (RUN/tensorboard), "wandb" (Weights & Biases)."""
 
     def __post_init__(self) -> None:
         """Check ranges and contradictions."""
@@ -158,6 +165,8 @@ class TrainOptions:
         require(self.base_storage in storages, "base_storage", self.base_storage, f"one of {storages}")
         kernels = get_args(KernelChoice)
         require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
+        reporters = get_args(Reporter)[1:]
+        require(set(self.report_to) <= set(reporters), "report_to", self.report_to, f"some of {reporters}")
         for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
             require(1 <= getattr(self, name) <= MOST_COUNT, name, getattr(self, name), f"from 1 to {MOST_COUNT}")
         require(self.steps is None or 1 <= self.steps <= MOST_COUNT, "steps", self.steps, f"from 1 to {MOST_COUNT}")
@@ -219,6 +228,7 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "text": lambda path: None if path is None else Path(path),
     "target_modules": tuple,
     "skip": tuple,
+    "report_to": tuple,
     "overrides": lambda overrides: tuple(Override(**override) for override in overrides),
 }
 _INCIDENTAL = (
@@ -231,6 +241,7 @@ _INCIDENTAL = (
     "overwrite",
     "fsdp",
     "kernels",
+    "report_to",
     "trust_remote_code",
 )
 

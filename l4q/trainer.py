@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from l4q.distributed import barrier, decide, is_main, is_sharded, own_rows, shared_stage
 from l4q.errors import UsageError
+from l4q.grid_watch import GridWatch
 from l4q.model import load_trainable_state, trainable_state
 from l4q.optim import make_optimizer
+from l4q.reporters import finish_reporters
 from l4q.state_tensors import save_sharded, saved_tensors
-from l4q.train_callbacks import FiniteGradients, StepReport, diverged
+from l4q.train_callbacks import FiniteGradients, HeldOut, StepReport, diverged
 from l4q.train_options import OptimOptions
 from l4q.train_state import (
     TRAINABLE,
@@ -76,6 +79,7 @@ class L4QTrainer(Trainer):
         optim: Learning rates and weight decay.
         keep_states: Saved states to keep.
         lora_warmup_steps: First steps that train plain LoRA.
+        held_out: Measures perplexity in between.
         **kwargs: Passed on to transformers.Trainer (train_dataset, data_collator, ...).
     """
 
@@ -89,6 +93,7 @@ class L4QTrainer(Trainer):
         optim: OptimOptions,
         keep_states: int,
         lora_warmup_steps: int = 0,
+        held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
         """Build the Trainer and replace its console callbacks."""
@@ -106,10 +111,30 @@ class L4QTrainer(Trainer):
         self.add_callback(self._report)
         self.add_callback(FiniteGradients(self._run))
         self.add_callback(LoraWarmup(lora_warmup_steps))
+        self._watch = GridWatch(model, self._run)
+        self.add_callback(self._watch)
+        self._held_out = held_out
+        if held_out is not None:
+            self.add_callback(held_out)
+        self._place_reports()
+
+    def _place_reports(self) -> None:
+        """TensorBoard files go to one folder of the run, however often it is resumed, unless the user says where."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(self._run / "tensorboard")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log of a step, with the held-out perplexity and the grid's figures, for every reporter."""
+        if "loss" in logs:
+            found = self._held_out.take() if self._held_out is not None else {}
+            logs = {**logs, **found, **self._watch.measure()}
+        super().log(logs, start_time)
 
     def close(self) -> None:
-        """End the progress bar of a run that stopped early, and the autocast that accelerate left in the forward."""
+        """End the view, the reporters' runs, and the autocast that accelerate left in the forward."""
         self._report.close()
+        finish_reporters(self.args.report_to)
         own = self.model.__dict__
         if own.pop("_original_forward", None) is not None:
             own.pop("forward", None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
 
 
-@click.command(
-    name="parity",
-    epilog="Example: l4q-parity RUN/checkpoint exports/gptq exports/gguf exports/onnx --text held_out.txt --report",
-    context_settings={"help_option_names": ["-h", "--help"]},
+@command_line(
+    "parity",
+    examples=(
+        "l4q-parity RUN/checkpoint exports/gptq exports/gguf --text held_out.txt \\\n--report",
+        "l4q-parity RUN/checkpoint exports/gptq --text held_out.txt \\\n--python vllm=/opt/vllm/bin/python",
+    ),
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -39,17 +41,14 @@ from l4q.cli_common import run
 @click.option(
     "--card/--no-card", default=True, show_default=True, help="Put the figures into the exports' model cards."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Run CHECKPOINT in torch and every folder of EXPORTS in its runtime, on the same token ids.
 
     Exit code 4 if any runtime differs by more than its documented bound.
     """
-    from runtime_tests.run import run_and_report
+    from runtime_tests.run import print_table, run_and_report
 
-    report = run_and_report(arguments, show_table=not as_json)
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
+    run_and_report(arguments, show=print_json if as_json else print_table)
 
 
 def main() -> None:

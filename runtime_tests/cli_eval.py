@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
 
 
-@click.command(
-    name="eval",
-    epilog="Example: l4q-eval RUN/checkpoint --text held_out.txt --tasks piqa --task-data build/assets/benchmarks",
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+@command_line(
+    "eval",
+    examples=(
+        "l4q-eval exports/gguf --text held_out.txt --tokenizer RUN/checkpoint",
+        "l4q-eval RUN/checkpoint --tasks piqa,arc_easy --task-data TASK_FOLDER",
+    ),
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(path_type=Path), help="Held-out text, UTF-8: measure perplexity on it.")
@@ -32,13 +34,15 @@ from l4q.cli_common import run
     type=click.FloatRange(0, min_open=True), help="How long the engine may take to load, and for one answer.",
 )  # fmt: skip
 @click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="Another interpreter for an engine.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Evaluate MODEL: an L4Q checkpoint, a folder written by l4q-export, or a Hugging Face model folder."""
     from runtime_tests.run_eval import evaluate
 
     result = evaluate(arguments)
-    click.echo(json.dumps(result, indent=2) if as_json else format_result(result))
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(format_result(result))
 
 
 def format_result(result: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 
 from exporters.card import update_parity
 from l4q.checkpoint import L4QCheckpoint
+from l4q.cli_command import progress_console
 from l4q.errors import UsageError
 from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_parity, run_parity
 from runtime_tests.report import markdown, report_files, table, write_report
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
-def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, Any]:
-    """Run the comparison, print and write its results, and raise if any bound was broken.
+def run_and_report(arguments: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the comparison, show and write its results, and raise if any bound was broken.
 
     Raises:
         UsageError: Bad input.
-        VerificationError: Parity failed; reports and cards are written before that.
+        VerificationError: Parity failed; the results are shown, reports and cards are written before that.
     """
     checkpoint = L4QCheckpoint.open(arguments["checkpoint"])
     if arguments["report"]:
@@ -51,13 +52,17 @@ def run_and_report(arguments: dict[str, Any], *, show_table: bool) -> dict[str, 
         write_report(content, arguments["report"])
     if arguments["card"]:
         update_cards(content)
-    if show_table:
-        Console().print(table(content))
-        for row in content["rows"]:
-            if row["skipped"]:
-                Console().print(f"{row['format']}: not run, as {row['skipped']}", markup=False)
+    show(content)
     assert_parity(report)
     return content
+
+
+def print_table(content: dict[str, Any]) -> None:
+    """Print a report as a table, and why rows were not run."""
+    Console().print(table(content))
+    for row in content["rows"]:
+        if row["skipped"]:
+            Console().print(f"{row['format']}: not run, as {row['skipped']}", markup=False)
 
 
 def full_report(
@@ -158,7 +163,7 @@ def eval_results(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list
 def progress_bars() -> Iterator[Progress]:
     """One bar per engine on stderr."""
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=progress_console()) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from l4q.cli_command import progress_console
 from l4q.errors import UsageError
 from runtime_tests.evaluation import EngineOptions, engine_perplexity, find_target, load_for_tasks
 from runtime_tests.lm_tasks import TaskOptions, evaluate_tasks
@@ -54,6 +54,6 @@ def _perplexity(target: Any, arguments: dict[str, Any]) -> Any:
         threads=arguments["threads"], timeout_s=arguments["timeout"], pythons=engine_pythons(arguments["pythons"])
     )
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=progress_console()) as bars:
         row = bars.add_task(target.engine, total=len(windows))
         return engine_perplexity(target, windows, options, lambda done: bars.advance(row, done))

@@ -129,10 +129,10 @@ def test_a_quantized_head_stays_dense(tmp_path: Path) -> None:
 
 
 def test_rope_scaling_needs_the_config(tmp_path: Path) -> None:
-    """A GGUF file whose RoPE divisors transformers' reader would drop is refused; --config brings them back."""
+    """A GGUF file whose RoPE divisors transformers' reader would drop is refused; --model-config brings them back."""
     origin = make_source(tmp_path, {"group_size": 32}, rope_parameters=LLAMA3_ROPE)
     source = exported(origin, "gguf", tmp_path / "gguf")
-    with pytest.raises(UsageError, match=r"(?s)rope_freqs\.weight.*--config FOLDER"):
+    with pytest.raises(UsageError, match=r"(?s)rope_freqs\.weight.*--model-config FOLDER"):
         imported(source, tmp_path / "import")
     checkpoint = imported(source, tmp_path / "import", config=origin.path)
     assert checkpoint.config["rope_parameters"] == origin.config["rope_parameters"]
@@ -141,11 +141,11 @@ def test_rope_scaling_needs_the_config(tmp_path: Path) -> None:
 
 
 def test_named_rope_scaling_needs_the_config(tmp_path: Path) -> None:
-    """A scaling that stands in the metadata only is refused as well; a --config of other sizes does not fit."""
+    """A scaling that stands in the metadata only is refused as well; a --model-config of other sizes does not fit."""
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     origin = make_source(tmp_path, {"group_size": 32}, rope_parameters=linear)
     source = exported(origin, "gguf", tmp_path / "gguf")
-    with pytest.raises(UnsupportedError, match=r"(?s)RoPE scaling.*linear.*--config FOLDER"):
+    with pytest.raises(UnsupportedError, match=r"(?s)RoPE scaling.*linear.*--model-config FOLDER"):
         imported(source, tmp_path / "import")
     assert differing(imported(source, tmp_path / "import", config=origin.path), origin) == []
     other = make_source(tmp_path / "other", {"group_size": 32}, intermediate_size=192)
@@ -177,7 +177,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert result["grid"] == L4QCheckpoint.open(out).quant.to_dict()
     assert run_cli(monkeypatch, source, "--out", out, "--allow-dense") == UsageError.exit_code
     assert "--overwrite" in capsys.readouterr().err
-    words = (source, "--out", out, "--allow-dense", "--overwrite", "--zero-point", "integer", "--config", source)
+    words = (source, "--out", out, "--allow-dense", "--overwrite", "--zero-point", "integer", "--model-config", source)
     assert run_cli(monkeypatch, *words) == 0
     assert f"checkpoint {out}" in capsys.readouterr().out
 

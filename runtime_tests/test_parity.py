@@ -154,8 +154,9 @@ def test_cli_passes_and_fails(glass_checkpoint: CheckpointMaker, tmp_path: Path)
     assert report["passed"]
     assert [row["variant"] for row in report["rows"]] == ["0", "4"]
     assert "onnxruntime" in (onnx / "README.md").read_text()
-    other = run_cli(glass_checkpoint("none", group_size=32), onnx, *counts)
+    other = run_cli(glass_checkpoint("none", group_size=32), onnx, *counts, "--json")
     assert other.returncode == 4
+    assert json.loads(other.stdout)["passed"] is False
     assert "parity failed" in other.stderr
     assert "Traceback" not in other.stderr
     missing = run_cli(source, onnx, "--text", tmp_path / "nothing.txt")

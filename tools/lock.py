@@ -13,7 +13,22 @@ from typing import Any
 import click
 
 LOCK = Path("requirements.lock")
-EXTRAS = ("gptq", "gguf", "onnx", "genai", "serve", "vllm-cpu", "train", "fast", "cuda", "eval", "tensorboard", "docs", "dev")
+EXTRAS = ("gptq", "gguf", "onnx", "genai", "serve", "vllm-cpu", "train", "fast", "cuda", "eval", "tensorboard")
+EXTRAS += ("docs", "dev")
+    "gptq",
+    "gguf",
+    "onnx",
+    "genai",
+    "serve",
+    "vllm-cpu",
+    "train",
+    "fast",
+    "cuda",
+    "eval",
+    "tensorboard",
+    "docs",
+    "dev",
+)
 
 # lm_eval imports these only for metrics, tables and caches that multiple-choice tasks do without.
 LM_EVAL_UNUSED = (

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
 
 
-@click.command(
-    name="inspect",
-    epilog="Example: l4q-inspect RUN/checkpoint; l4q-inspect model.gguf --json",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@command_line("inspect", examples=("l4q-inspect RUN/checkpoint", "l4q-inspect model.gguf --json"))
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--headers", is_flag=True, help="Read headers only: quick, without bits, group sizes and histograms.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(path: Path, headers: bool, as_json: bool) -> None:
     """Show what PATH holds: layers, bits, group sizes, zero-points, histograms, sizes, and which runtimes load it.
 
@@ -33,7 +28,7 @@ def command(path: Path, headers: bool, as_json: bool) -> None:
     source = open_source(path)
     counts = count(source, read=not headers)
     if as_json:
-        click.echo(json.dumps(show.as_json(path, source, counts), indent=2))
+        print_json(show.as_json(path, source, counts))
     else:
         show.show(path, source, counts, Console(width=show.WIDTH))
 

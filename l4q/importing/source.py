@@ -75,13 +75,16 @@ class Source:
                 remedy="an unquantized model is the MODEL of l4q-train",
             )
         if settings is not None and not (settings / "config.json").is_file():
-            raise UsageError("config.json not found", where=settings, remedy="give --config a Hugging Face folder")
+            raise UsageError(
+                "config.json not found", where=settings, remedy="give --model-config a Hugging Face folder"
+            )
         if settings is None and isinstance(start, GgufStart) and start.rope_scaling():
             raise UnsupportedError(
                 "the file's RoPE scaling cannot be read from GGUF",
                 where=path,
                 got=f"rope.scaling.type {start.rope_scaling()}",
-                remedy="give the Hugging Face folder it was made from, or one with its config.json: --config FOLDER",
+                remedy="give the Hugging Face folder it was made from, or one with its config.json: "
+                "--model-config FOLDER",
             )
         return cls(start, settings)
 
@@ -164,7 +167,7 @@ class Source:
                 got=f"missing {lacking[:NAMES_SHOWN]}, without a place {odd[:NAMES_SHOWN]}",
                 expected=type(self._model).__name__,
                 remedy="fused, stacked or renamed layers cannot be read; if a GGUF file's metadata says too little, "
-                "give --config FOLDER",
+                "give --model-config FOLDER",
             )
         inside = {f"{module}.weight" for module in self.modules}
         return tuple(name for name in wanted if name not in inside)

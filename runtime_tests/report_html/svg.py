@@ -33,14 +33,14 @@ def scatter(points: Sequence[Sequence[float]], label: str) -> Markup:
     def up(value: float) -> float:
         return TOP + max(value, -60.0) / low * (HEIGHT - TOP - BOTTOM)
 
-    ticks = _ticks(low, 0.0)
-    body = _axes([(across(t), f"{t:g}") for t in ticks], [(up(t), f"{t:g}") for t in ticks])
+    marks = ticks(low, 0.0)
+    body = axes([(across(t), f"{t:g}") for t in marks], [(up(t), f"{t:g}") for t in marks])
     body += _LINE.format(kind="guide", x0=across(low), y0=up(low), x1=across(0), y1=up(0))
     # A dot is a line of no length with a round cap: one path for all.
     dots = "".join(f"M{across(a):.1f} {up(b):.1f}h0" for a, b in points)
     body += Markup('<path class="dots" d="{}"/>').format(dots)
-    body += _captions("log p, oracle (nats)", "log p, runtime")
-    return _frame(label, body)
+    body += captions("log p, oracle (nats)", "log p, runtime")
+    return frame(label, body)
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Markup:
@@ -52,9 +52,9 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Mark
     def across(value: float) -> float:
         return LEFT + (value - edges[0]) / span * plot
 
-    body = _axes(
-        [(across(t), f"{t:.2g}") for t in _ticks(edges[0], edges[-1], 4)],
-        [(HEIGHT - BOTTOM - t / top * (HEIGHT - TOP - BOTTOM), f"{t:g}") for t in _ticks(0.0, float(top))],
+    body = axes(
+        [(across(t), f"{t:.2g}") for t in ticks(edges[0], edges[-1], 4)],
+        [(HEIGHT - BOTTOM - t / top * (HEIGHT - TOP - BOTTOM), f"{t:g}") for t in ticks(0.0, float(top))],
     )
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         height = count / top * (HEIGHT - TOP - BOTTOM)
@@ -63,8 +63,8 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Mark
             kind="bar", x=x + 0.5, y=HEIGHT - BOTTOM - height, width=across(right) - x - 1, height=height
         )
     body += _LINE.format(kind="guide", x0=across(0), y0=TOP, x1=across(0), y1=HEIGHT - BOTTOM)
-    body += _captions("log p, runtime − oracle (nats)", "tokens")
-    return _frame(label, body)
+    body += captions("log p, runtime − oracle (nats)", "tokens")
+    return frame(label, body)
 
 
 def heat(cells: Mapping[tuple[str, int], float], label: str) -> Markup:
@@ -93,7 +93,7 @@ def heat(cells: Mapping[tuple[str, int], float], label: str) -> Markup:
         body += _TEXT.format(x=left + (number + 0.5) * side, y=bottom + 16, kind="middle", text=number)
     width = left + columns * side + 8
     body += _TEXT.format(x=left - 6, y=bottom + 16, kind="end", text="layer")
-    return _frame(label, body, width=math.ceil(max(width, 160)), height=math.ceil(bottom + 24))
+    return frame(label, body, width=math.ceil(max(width, 160)), height=math.ceil(bottom + 24))
 
 
 def bar(shares: Sequence[tuple[str, float]], *, limit: float | None = None) -> Markup:
@@ -108,11 +108,13 @@ def bar(shares: Sequence[tuple[str, float]], *, limit: float | None = None) -> M
     return Markup('<svg class="inline" aria-hidden="true" focusable="false" viewBox="0 0 161 14">{}</svg>').format(body)
 
 
-def _frame(label: str, body: Markup, width: int = WIDTH, height: int = HEIGHT) -> Markup:
+def frame(label: str, body: Markup, width: int = WIDTH, height: int = HEIGHT) -> Markup:
+    """The drawing, with its name for screen readers."""
     return _FRAME.format(label=label, body=body, width=width, height=height)
 
 
-def _axes(across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]]) -> Markup:
+def axes(across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]]) -> Markup:
+    """Both axes with ticks, (place, text) each."""
     body = _LINE.format(kind="axis", x0=LEFT, y0=HEIGHT - BOTTOM, x1=WIDTH - RIGHT, y1=HEIGHT - BOTTOM)
     body += _LINE.format(kind="axis", x0=LEFT, y0=TOP, x1=LEFT, y1=HEIGHT - BOTTOM)
     for x, text in across:
@@ -124,14 +126,15 @@ def _axes(across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]]) 
     return body
 
 
-def _captions(across: str, up: str) -> Markup:
+def captions(across: str, up: str) -> Markup:
+    """What the axes show."""
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
     turned = Markup('<text class="middle" transform="translate(13 {:.1f}) rotate(-90)">{}</text>')
     x = LEFT + (WIDTH - LEFT - RIGHT) / 2
     return _TEXT.format(x=x, y=HEIGHT - 8, kind="middle", text=across) + turned.format(middle, up)
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from low to high."""
     raw = (high - low) / about
     power = 10 ** math.floor(math.log10(raw))
