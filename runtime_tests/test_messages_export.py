@@ -158,6 +158,6 @@ def test_a_file_no_decoder_reads(glass_checkpoint: CheckpointMaker, tmp_path: Pa
 
 def test_an_onnx_folder_has_no_server(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
     """ONNX Runtime is a library: serving its folder is refused with where to read on."""
-    export(L4QCheckpoint.open(glass_checkpoint("none")), "onnx", tmp_path / "onnx", check=False)
+    export(L4QCheckpoint.open(glass_checkpoint("none")), "onnx", tmp_path / "onnx", check="none")
     with pytest.raises(UnsupportedError, match="no OpenAI-compatible server runs a onnx folder here"):
         runtime_of(tmp_path / "onnx")
