@@ -110,7 +110,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, *,
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:  # transformers itself refuses a first turn by the assistant
         raise UsageError(
             "the chat template refuses the conversation",
             where=where,
