@@ -112,9 +112,11 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, *,
 
     roles = [message["role"] for message in messages]
     try:
-        with foreign("the chat template fails", where=f"{where}, roles {roles}", remedy=None, passed=(TemplateError,)):
+        with foreign(
+            "the chat template fails", where=f"{where}, roles {roles}", remedy=None, passed=(TemplateError, ValueError)
+        ):
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:  # transformers itself refuses a first turn by the assistant
         raise UsageError(
             "the chat template refuses the conversation",
             where=where,

@@ -13,7 +13,6 @@ import pytest
 
 from tools import figures
 from tools.check_site import problems
-from tools.docs_hooks import PENDING
 from tools.error_messages import PROJECT
 
 
@@ -38,7 +37,6 @@ def test_links_resolve_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     assert problems(site) == []
     pages = {path.stem for path in (PROJECT / "docs").glob("*.md")}
     assert pages - {path.parent.name for path in site.rglob("index.html")} == {"index"}
-    assert not {f"{page}.md" for page in pages} & set(PENDING)  # what is there is pending no more
 
 
 def test_the_search_knows_pages_and_docstrings(site: Path) -> None:

@@ -50,7 +50,9 @@ def test_a_server_that_ignores_sigterm_is_killed_with_its_children() -> None:
 
 def test_a_server_that_ends_shows_its_log() -> None:
     """The error has the exit code and the end of stderr, at once, not after the timeout."""
-    with pytest.raises(ServerError, match=r"ended with exit code 3 before it was healthy(.|\n)*no such model: x"):
+    with pytest.raises(
+        ServerError, match=r"the server ended with exit code 3 before it was healthy(.|\n)*no such model: x"
+    ):
         start("import sys; print('no such model: x', file=sys.stderr); sys.exit(3)")
 
 
