@@ -158,10 +158,10 @@ def test_a_lying_writer_leaves_nothing(
             def __getattr__(self, attribute: str) -> object:
                 return getattr(source, attribute)
 
-            def quantized(self, module: str) -> object:
-                weight = source.quantized(module)
+            def packed(self, module: str) -> object:
+                weight = source.packed(module)
                 if module.endswith("1.self_attn.q_proj"):
-                    weight.codes[2, 3] ^= 1
+                    weight.packed[2, 1] ^= 1 << 4  # the code of column 3
                 return weight
 
         honest(Shifted(), plan, folder, options, on_tensor)
