@@ -18,10 +18,10 @@ from exporters.export import EXPORTERS, export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import L4QError, UsageError
 from tools import fetch_peers
-from tools.bench_export import available_peers, command
+from tools.bench_export import Settings, available_peers, command, measure
 from tools.bench_export_jobs import ExportCost, PeerCost, Worker, copy_once, export_once
 from tools.bench_export_models import MODELS, copy_tokenizer, write_random
-from tools.bench_export_peers import PEERS, Peer, run_peer
+from tools.bench_export_peers import PEERS, Peer, gptqmodel_gptq, run_peer
 from tools.bench_export_report import FormatCosts, export_table, peer_table, summary
 from tools.bench_float import first_modules, write_float
 
@@ -163,6 +163,27 @@ def test_a_process_answers_in_turns_and_its_death_is_an_error(checkpoint: Path, 
         assert not (tmp_path / "copy").exists()
         with pytest.raises(L4QError, match="process that did _die died"):
             worker.ask(_die)
+
+
+def test_a_peer_that_fails_is_named_and_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    """GPTQModel without its folder cannot be imported; ours is measured, and the other peer too."""
+    lost = Peer(format="gguf", name="lost", work=gptqmodel_gptq, warm=False)
+    settings = Settings(
+        model=MODEL,
+        checkpoint=checkpoint,
+        warm_up=checkpoint,
+        scratch=tmp_path,
+        formats=("gguf",),
+        peers=(lost, peer_named("gguf", "llama.cpp")),
+        build=tmp_path,
+        peer_layers=1,
+        repetitions=2,
+        verify=False,
+    )
+    costs = measure(settings, lambda text: None)["gguf"]
+    assert set(costs.failed) == {"lost"}
+    assert "gptqmodel" in costs.failed["lost"]
+    assert len(costs.exports) == len(costs.peers["llama.cpp"]) == 2
 
 
 def test_the_last_line(tmp_path: Path, smollm2_dir: Path) -> None:

@@ -72,15 +72,15 @@ def measure(settings: Settings, progress: Callable[[str], None]) -> dict[str, Fo
             worker.ask(export_once, settings.warm_up, name, settings.scratch / "warm", check=settings.verify)
             progress(f"{name}: imports")
         for peer, worker in peers:
-            worker.ask(peer_once, peer, settings.warm_up, 1, settings.scratch / "peer")
+            if peer.warm:
+                worker.ask(peer_once, peer, settings.warm_up, 1, settings.scratch / "peer")
             progress(f"{peer.name}: imports")
         for _ in range(settings.repetitions):
             for name, worker in exporters.items():
                 _one_round(settings, name, worker, costs[name])
                 progress(name)
             for peer, worker in peers:
-                cost = worker.ask(peer_once, peer, settings.checkpoint, settings.peer_layers, settings.scratch / "peer")
-                costs[peer.format].peers.setdefault(peer.name, []).append(cost)
+                _one_peer(settings, peer, worker, costs[peer.format])
                 progress(f"{peer.format}, {peer.name}")
     return costs
 
@@ -97,6 +97,17 @@ def _one_round(settings: Settings, name: str, worker: Worker, costs: FormatCosts
     if settings.verify:
         costs.verified.append(worker.ask(export_once, settings.checkpoint, name, out, check=True))
     shutil.rmtree(out)
+
+
+def _one_peer(settings: Settings, peer: Peer, worker: Worker, costs: FormatCosts) -> None:
+    if peer.name in costs.failed:
+        return
+    try:
+        cost = worker.ask(peer_once, peer, settings.checkpoint, settings.peer_layers, settings.scratch / "peer")
+    except Exception as error:  # other people's code cannot do everything; the benchmark says so and goes on
+        costs.failed[peer.name] = f"{type(error).__name__}: {error}"
+    else:
+        costs.peers.setdefault(peer.name, []).append(cost)
 
 
 def _peer_worker(folder: str | None, environment: tuple[tuple[str, str], ...], build: Path) -> Worker:
@@ -168,6 +179,9 @@ def command(name: str, quick: bool, formats: tuple[str, ...], with_peers: bool, 
     if peers:
         click.echo(f"\nThe same linears, measured on {settings.peer_layers} of {model.layers} layers:\n")
         click.echo("\n".join(peer_table(costs, model)))
+    for label, found in costs.items():
+        for peer_name, reason in found.failed.items():
+            click.echo(f"{peer_name} ({label}) failed: {reason}")
     summaries = {label: summary(found, model) for label, found in costs.items()}
     if options["target"]:
         details = {label: {**asdict(found), **summaries[label]} for label, found in costs.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from l4q.errors import UsageError
 from l4q.weight import QuantizedWeight
 from tools.bench_export_sample import GGUF_TYPE, Clock, Sample, float_linear, save_tensors, write_gguf
 from tools.bench_float import layer_of, write_float
@@ -58,19 +59,25 @@ def _command(form: str, group: int, sample: Sample, out: Path, clock: Clock) -> 
     """Load, round to nearest, pack and save.
 
     What does not grow with the layers (embeddings, tokenizer) is taken out: the time of a model of one layer is
-    subtracted, if there are more.
+    subtracted, if there are more. A first run of one layer, which imports and compiles, is not counted.
+
+    Raises:
+        UsageError: The layers took no measurable time.
     """
     layers = 1 + max(layer_of(module) for module in sample.modules)
     per_layer = sum(weight.codes.size for _, weight in sample) // layers
     seconds = []
-    for count in sorted({1, layers}):
+    for count in (1, *sorted({1, layers})):
         source = out / f"float-{count}"
         write_float(sample.checkpoint, source, dtype="bfloat16", layers=count)
         began = time.perf_counter()
         _autoround(source, out / f"saved-{count}", form, group)
         seconds.append(time.perf_counter() - began)
         shutil.rmtree(source)
-    clock.seconds = seconds[-1] - (seconds[0] if len(seconds) > 1 else 0.0)
+        shutil.rmtree(out / f"saved-{count}")
+    clock.seconds = seconds[-1] - (seconds[1] if layers > 1 else 0.0)
+    if clock.seconds <= 0:
+        raise UsageError("the layers took no measurable time", got=seconds, remedy="raise --peer-layers")
     sample.weights = per_layer * max(layers - 1, 1)
 
 

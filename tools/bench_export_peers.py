@@ -46,6 +46,8 @@ class Peer:
     """Variables of its process."""
     quick: bool = True
     """Whether --quick measures it."""
+    warm: bool = True
+    """Whether it first writes a layer of the tiny model, off the clock."""
 
 
 def gptqmodel_gptq(sample: Sample, out: Path, clock: Clock) -> None:
@@ -169,6 +171,7 @@ PEERS: tuple[Peer, ...] = (
         work=autoround_gptq_command,
         folder=AUTOROUND,
         quick=False,
+        warm=False,
     ),
     Peer(format="awq", name="gptqmodel", work=gptqmodel_awq, folder=JUDGE, environment=PYTHON_ONLY),
     Peer(format="compressed-tensors", name="compressed-tensors", work=compressed_tensors),
@@ -181,6 +184,7 @@ PEERS: tuple[Peer, ...] = (
         work=autoround_gguf_command,
         folder=AUTOROUND,
         quick=False,
+        warm=False,
     ),
     Peer(format="onnx", name="onnxruntime", work=onnxruntime_nbits),
 )

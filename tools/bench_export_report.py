@@ -38,6 +38,8 @@ class FormatCosts:
     verified: list[ExportCost] = field(default_factory=list)
     copies: list[tuple[float, float]] = field(default_factory=list)
     peers: dict[str, list[PeerCost]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Peers that raised, with their words."""
 
 
 def summary(costs: FormatCosts, model: BenchModel) -> dict[str, Any]:
