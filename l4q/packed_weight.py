@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from l4q.bitpack import pack_codes, row_bytes, unpack_codes
 from l4q.weight import U8, GroupParameters, QuantizedWeight
 
-PIECE_CODES = 1 << 22
+PIECE_CODES = 1 << 20
 """Codes that are unpacked at a time where rows are taken one piece after another."""
 
 
@@ -42,6 +43,10 @@ class PackedWeight(GroupParameters):
         codes = unpack_codes(self.packed[rows], self.in_features, self.bits)
         return QuantizedWeight(codes=codes, **_parameters(self, rows))
 
+    def take(self, rows: slice | npt.NDArray[np.integer[Any]]) -> PackedWeight:
+        """Some of the rows, in the order given."""
+        return PackedWeight(packed=self.packed[rows], **_parameters(self, rows))
+
     def row_slices(self) -> Iterator[slice]:
         """Ranges of rows with at most `PIECE_CODES` codes (or one row) each."""
         step = max(1, PIECE_CODES // self.in_features)
@@ -63,7 +68,7 @@ class PackedWeight(GroupParameters):
         return rows
 
 
-def _parameters(weight: GroupParameters, rows: slice) -> dict[str, Any]:
+def _parameters(weight: GroupParameters, rows: slice | npt.NDArray[np.integer[Any]]) -> dict[str, Any]:
     """The keyword arguments of a weight with the same parameters, or those of some rows."""
     arrays = {part: getattr(weight, part) for part in ("scales", "zeros", "mins", "sub_scales", "sub_mins")}
     taken = {part: None if array is None else array[rows] for part, array in arrays.items()}

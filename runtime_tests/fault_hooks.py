@@ -33,6 +33,8 @@ class Fault:
 
     at: int = 0
     """The change before which it happens, counted from 1; 0 is never."""
+    only: str = ""
+    """Count only changes of this name: "fsync", "os.rename", ..."""
     action: str = "kill"
     """A key of `ACTIONS`."""
     limit: int = 0
@@ -85,7 +87,7 @@ def install(fault: Fault, root: Path, counter: Counter) -> None:
     base = os.path.realpath(root)
 
     def step(call: str) -> None:
-        if counter.increase() == fault.at:
+        if call.startswith(fault.only) and counter.increase() == fault.at:
             state["busy"] = True  # what the action itself changes is not counted
             try:
                 ACTIONS[fault.action](root, call)

@@ -90,6 +90,11 @@ class FaultWorker:
         disk = json.loads(seen.read_text(encoding="utf-8")) if seen.exists() else {}
         return Outcome(**answer, **disk, text=started[1].read_text(encoding="utf-8", errors="replace"))
 
+    def kill(self, started: tuple[int, Path]) -> Outcome:
+        """Send SIGKILL to what `start` started, wherever it is."""
+        os.kill(started[0], signal.SIGKILL)
+        return self.wait(started)
+
     def go_on(self, started: tuple[int, Path]) -> None:
         """Let a process run on that stopped itself."""
         os.kill(started[0], signal.SIGCONT)

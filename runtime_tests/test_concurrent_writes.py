@@ -162,7 +162,7 @@ def test_interrupted_between_the_two_renames(tmp_path: Path, monkeypatch: pytest
         rename(source, other)
 
     monkeypatch.setattr(durable, "_RENAME_EXCHANGE", 1 << 30)
-    monkeypatch.setattr(files.os, "rename", interrupted)
+    monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), staged_folder(target, overwrite=True) as stage:
         fill(stage, "new")
     assert (target / "file").read_text() == "old"

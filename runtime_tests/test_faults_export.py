@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from exporters.check_folder import check_folder
 from runtime_tests.fault_checks import ROUNDS, hidden, moments, tree
 from runtime_tests.fault_exports import Exports
 from runtime_tests.fault_hooks import Fault
@@ -14,6 +20,7 @@ from runtime_tests.reliability import record
 
 # format -> kills
 KILLS = {"gptq": 14, "awq": 8, "compressed-tensors": 8, "gguf": 7, "onnx": 7}
+TIMED_KILLS = 6
 
 
 @pytest.mark.parametrize("name", KILLS)
@@ -36,6 +43,30 @@ def test_killed_export_is_complete_or_absent(name: str, exports: Exports, tmp_pa
         shutil.rmtree(out)
     outcome = "target as it was or complete; the next run's bytes equal an undisturbed one's; nothing left over"
     record(f"export to {name}", "SIGKILL before the n-th change of its folder", count, outcome)
+
+
+def test_export_killed_at_any_time(exports: Exports, tmp_path: Path) -> None:
+    """As above, but at random times, which also fall inside of writes that libraries make in C."""
+    generator, kills, names = random.Random("any time"), 0, ("gguf", "onnx", "gptq")
+    while kills < TIMED_KILLS * ROUNDS:
+        name = names[kills % len(names)]
+        whole, began = exports.whole(name), time.monotonic()
+        before = exports.old(name, tmp_path)
+        assert exports.run(name, tmp_path, "--overwrite").status == 0
+        seconds = time.monotonic() - began
+        shutil.rmtree(tmp_path / name)
+        shutil.copytree(exports.folder / "old" / name, tmp_path / name)
+        started = exports.worker.start(exports.argv(name, tmp_path, "--overwrite"), tmp_path)
+        time.sleep(generator.random() * seconds)
+        killed = exports.worker.kill(started)
+        kills += killed.status == -9
+        assert tree(tmp_path / name) in (before, whole)
+        assert exports.run(name, tmp_path, "--overwrite", "--resume").status == 0
+        assert tree(tmp_path / name) == whole
+        assert not hidden(tmp_path)
+        shutil.rmtree(tmp_path / name)
+    outcome = "target as it was or complete; resumed, bytes equal an undisturbed run's; nothing left over"
+    record("export to GGUF, ONNX and GPTQ", "SIGKILL at a random time", kills, outcome)
 
 
 def test_the_comparison_notices_other_bytes(exports: Exports, tmp_path: Path) -> None:
@@ -74,6 +105,39 @@ def test_failing_export_cleans_up_at_once(
             assert not hidden(out)
     record("export", f"{action} before the n-th change of its folder", 2 * count,
            f"exit code {status}, one message, old folder intact, nothing left over")  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_to_the_real_command(number: signal.Signals, status: int, exports: Exports, tmp_path: Path) -> None:
+    """The command in a process of its own, interrupted within a format or between two, leaves nothing half-written."""
+    argv = [str(exports.source), "--to", *KILLS, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from exporters.cli import main; main()", *argv], stderr=subprocess.PIPE, text=True
+    )
+    while not hidden(tmp_path / "out"):  # the first of five formats has begun
+        assert process.poll() is None, "ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(number)
+    text = process.communicate(timeout=120)[1]
+    assert (process.returncode, "Traceback" in text, f"interrupted by {number.name}" in text) == (status, False, True)
+    assert not hidden(tmp_path / "out")
+    assert all(check_folder(folder).passed for folder in (tmp_path / "out").iterdir())
+    record("export", f"{number.name} to the real command", 1, f"exit code {status}, one message, nothing left over")
+
+
+def test_failing_fsync_is_noticed(exports: Exports, tmp_path: Path) -> None:
+    """Whichever fsync fails, the export fails: what may not be on the disk is not reported as written."""
+    exports.old("gguf", tmp_path)
+    calls = exports.run("gguf", tmp_path, "--overwrite", fault=Fault(only="fsync")).changes
+    count = 6 * ROUNDS
+    for number, moment in enumerate(moments("fsync", calls, count)):
+        out = tmp_path / str(number)
+        before = exports.old("gguf", out)
+        failed = exports.run("gguf", out, "--overwrite", fault=Fault(only="fsync", at=moment, action="io error"))
+        assert (failed.status, "Traceback" in failed.text) == (74, False), failed.text
+        assert tree(out / "gguf") in (before, exports.whole("gguf"))
+        assert not hidden(out)
+    record("export", "fsync error, any of those it makes", count, "exit code 74, one message, a whole folder")
 
 
 def test_vanishing_target_is_one_message(exports: Exports, tmp_path: Path) -> None:

@@ -20,16 +20,16 @@ from exporters.plan import Fidelity, GgufType
 from l4q.checkpoint import WeightInfo
 from l4q.errors import UnsupportedError
 from l4q.k_grids import SUPERBLOCK
-from l4q.weight import QuantizedWeight
+from l4q.weight import GroupParameters, QuantizedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A quantized linear under judgement; its values are read only where exactness depends on them."""
+    """A quantized linear under judgement; its scales and zero-points are read only where exactness depends on them."""
 
     name: str
     info: WeightInfo
-    read: Callable[[], QuantizedWeight]
+    read: Callable[[], GroupParameters]
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> Subject:
@@ -107,7 +107,7 @@ def fits_q4_0(subject: Subject) -> bool:
     return bool(np.isin(subject.read().integer_zeros(), (7, 8)).all())
 
 
-def block_mins(weight: QuantizedWeight) -> tuple[npt.NDArray[np.float16], int]:
+def block_mins(weight: GroupParameters) -> tuple[npt.NDArray[np.float16], int]:
     """Q4_1's m per group, float16 [out, groups], and the number of groups where -z * s had to be rounded.
 
     The float32 product is exact (11 + 4 significant bits), so comparing it with its fp16 rounding decides.

@@ -15,7 +15,7 @@ from exporters.gguf.pack import F16, U8
 from exporters.gguf.pack_k import Q3_K_GROUPS, Q4_K_GROUPS, pack_q3_k, pack_q4_k
 from l4q.checkpoint import WeightInfo
 from l4q.k_grids import SUPERBLOCK
-from l4q.weight import QuantizedWeight
+from l4q.weight import GroupParameters, QuantizedWeight
 
 _Scalar = TypeVar("_Scalar", np.float16, np.uint8)
 
@@ -41,7 +41,7 @@ def off_superblocks(info: WeightInfo) -> str:
     return ""
 
 
-def q4_k_numbers(weight: QuantizedWeight) -> Numbers:
+def q4_k_numbers(weight: GroupParameters) -> Numbers:
     """D, sc, dmin and mn; dmin is infinite where fp16 cannot hold it.
 
     A symmetric weight has dmin = 2**(bits-1) * d and mn = sc, an integer zero-point dmin = d and mn = z: then every
@@ -74,6 +74,6 @@ def encode_q3_k(weight: QuantizedWeight) -> U8:
     return pack_q3_k(codes, scales, ones if weight.sub_scales is None else weight.sub_scales)
 
 
-def _per_superblock(weight: QuantizedWeight, values: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
+def _per_superblock(weight: GroupParameters, values: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
     """One value per superblock from one per group of whole superblocks."""
     return np.repeat(values, weight.in_features // SUPERBLOCK // values.shape[1], axis=1)

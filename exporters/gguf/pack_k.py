@@ -54,12 +54,17 @@ def pack_q4_k(codes: U8, scales: F16, sub_scales: U8, mins: F16, sub_mins: U8) -
     quants = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*blocks.shape[:2], 128)
     sc = _integers(codes, sub_scales, Q4_K_GROUPS, 64)
     mn = _integers(codes, sub_mins, Q4_K_GROUPS, 64)
+    return _join((_half_bytes(codes, scales), _half_bytes(codes, mins), pack_scales_q4_k(sc, mn), quants))
+
+
+def pack_scales_q4_k(sc: U8, mn: U8) -> U8:
+    """The 12 bytes of a Q4_K superblock's integers, [rows, superblocks, 12], from two [rows, superblocks, 8]."""
     packed = (
         sc[..., :4] | (sc[..., 4:] >> 4) << 6,
         mn[..., :4] | (mn[..., 4:] >> 4) << 6,
         sc[..., 4:] & 15 | (mn[..., 4:] & 15) << 4,
     )
-    return _join((_half_bytes(codes, scales), _half_bytes(codes, mins), *packed, quants))
+    return np.concatenate(packed, axis=-1)
 
 
 def unpack_q4_k(packed: U8) -> tuple[U8, F16, U8, F16, U8]:

@@ -111,7 +111,7 @@ def _check_blocks(checkpoint: L4QCheckpoint) -> None:
 
 def _plan_quantized(checkpoint: L4QCheckpoint, module: str, target: str, requested: GgufType) -> PlannedTensor:
     info = checkpoint.info(module)
-    read = functools.cache(lambda: checkpoint.quantized(module))
+    read = functools.cache(lambda: checkpoint.parameters(module))
     encoding = choose_encoding(Subject(name=module, info=info, read=read), requested)
     off = _off_k_grid(checkpoint, module)
     shape = (info.out_features, info.in_features)

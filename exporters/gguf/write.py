@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
-from exporters.gguf.encode import encode
+from exporters.gguf.encode_packed import encode_pieces
 from exporters.gguf.families import Architecture
 from exporters.gguf.metadata import FILE_TYPES, QUANTIZED_KEY, model_metadata, rope_tensors
 from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, stack_targets
@@ -20,9 +20,12 @@ from exporters.gguf.vocab import read_vocabulary
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord, PlannedTensor
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import sync_file
-from l4q.errors import UnsupportedError
+from l4q.errors import UnsupportedError, UsageError
 
 Data = npt.NDArray[np.generic]
+
+PIECE_BYTES = 32 << 20
+"""Stored bytes of a dense tensor that are converted at a time."""
 
 
 def write(
@@ -33,9 +36,9 @@ def write(
     on_tensor: Callable[[str], None],
     record: FileRecord = NOTHING_DONE,
 ) -> None:
-    """Write the planned file into `folder`, holding one tensor in memory at a time; a complete one is kept.
+    """Write the planned file into `folder`, holding one tensor as it is stored in memory at a time.
 
-    Equal checkpoints give equal bytes: the metadata has no times or paths.
+    Equal checkpoints give equal bytes: the metadata has no times or paths. A file that `record` knows is kept.
     """
     path = folder / file_name(checkpoint, plan.tensors)
     if record.finished(path.name):
@@ -50,7 +53,8 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in plan.tensors:
-            writer.write_tensor_data(_tensor_data(checkpoint, architecture, tensor))
+            pieces: Any = _Pieces(_pieces(checkpoint, architecture, tensor), tensor.nbytes)
+            writer.write_tensor_data(pieces)
             on_tensor(tensor.name)
     finally:
         writer.close()
@@ -79,17 +83,44 @@ def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
     writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
 
 
-def _tensor_data(checkpoint: L4QCheckpoint, architecture: Architecture, tensor: PlannedTensor) -> Data:
+class _Pieces:
+    """What `GGUFWriter.write_tensor_data` asks of an array, for a tensor that never is in memory as a whole."""
+
+    def __init__(self, pieces: Iterator[Data], nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._pieces = pieces
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the tensor's bytes.
+
+        Raises:
+            UsageError: There are more or fewer than planned.
+        """
+        written = 0
+        for piece in self._pieces:
+            data = np.ascontiguousarray(piece)
+            file.write(data.data)
+            written += data.nbytes
+        if written != self.nbytes:
+            raise UsageError("a tensor is not as large as planned", got=f"{written} bytes", expected=self.nbytes)
+
+
+def _pieces(checkpoint: L4QCheckpoint, architecture: Architecture, tensor: PlannedTensor) -> Iterator[Data]:
     """The tensor's bytes in file order."""
-    if tensor.name == ROPE_SOURCE:
-        return rope_tensors(checkpoint.config)[tensor.target]
-    if tensor.quantized:
-        rows: Data = encode(checkpoint.quantized(tensor.name), tensor.encoding)
-    else:
-        values = _part(checkpoint.dense(tensor.name), stack_targets(architecture, tensor.name), tensor.target)
-        rows = dense_data(values, tensor, architecture)
     heads = permuted_heads(architecture, checkpoint.config, tensor.target)
-    return rows if heads is None else np.ascontiguousarray(permute_rows(rows, heads))
+    if tensor.name == ROPE_SOURCE:
+        yield rope_tensors(checkpoint.config)[tensor.target]
+    elif tensor.quantized:
+        weight = checkpoint.packed(tensor.name)
+        order = None if heads is None else permute_rows(np.arange(weight.out_features), heads)
+        yield from encode_pieces(weight, tensor.encoding, order)
+    elif heads is not None:
+        data = dense_data(checkpoint.dense(tensor.name), tensor, architecture)
+        yield permute_rows(data, heads)
+    else:
+        for rows in checkpoint.dense_row_slices(tensor.name, PIECE_BYTES):
+            values = _part(checkpoint.dense(tensor.name, rows), stack_targets(architecture, tensor.name), tensor.target)
+            yield dense_data(values, tensor, architecture)
 
 
 def _part(values: Any, targets: tuple[str, ...], target: str) -> Any:

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 Attribute = int | float | str | Sequence[int]
+
+
+Array = npt.NDArray[np.generic]
+
+
+class Pieces(ir.LazyTensor):
+    """A tensor that is written piece after piece and never is in memory as a whole.
+
+    Args:
+        read: Its arrays in order; those of sub-byte types hold packed bytes.
+        dtype: Of the tensor.
+        shape: Of the tensor.
+        name: Of the tensor.
+    """
+
+    def __init__(
+        self, read: Callable[[], Iterable[Array]], dtype: ir.DataType, shape: Sequence[int], name: str
+    ) -> None:
+        super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
+        self._read = read
+
+    def tofile(self, file: Any) -> None:
+        """Write its bytes to an open file."""
+        for piece in self._read():
+            file.write(np.ascontiguousarray(piece).data)
+
+    def _whole(self) -> ir.TensorProtocol:
+        data = np.concatenate([np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in self._read()])
+        if self.dtype.bitwidth < 8:
+            return ir.PackedTensor(data, self.dtype, shape=self.shape, name=self.name)
+        return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
 
 class GraphBuilder:
@@ -59,18 +91,11 @@ class GraphBuilder:
         return self.constant(f"const/scalar_{value}", np.array(value, dtype=np.int64))
 
     def lazy(
-        self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], npt.NDArray[np.generic]]
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], Iterable[Array]]
     ) -> ir.Value:
-        """An initializer whose bytes `read` provides each time they are needed; sub-byte types come packed."""
+        """An initializer whose bytes `read` provides, piece after piece, each time they are needed; see `Pieces`."""
         if name not in self.initializers:
-
-            def load() -> ir.TensorProtocol:
-                array = read()
-                if dtype.bitwidth < 8:
-                    return ir.PackedTensor(array, dtype, shape=shape, name=name)
-                return ir.Tensor(array, dtype=dtype, name=name)
-
-            self._add(name, ir.LazyTensor(load, dtype, ir.Shape(shape), name=name))
+            self._add(name, Pieces(read, dtype, shape, name))
         return self.initializers[name]
 
     def _add(self, name: str, tensor: ir.TensorProtocol) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from exporters.onnx.builder import GraphBuilder
-from exporters.onnx.pack import PackedLinear, choose_block, float_center, pack_linear
+from exporters.onnx.builder import Array, GraphBuilder
+from exporters.onnx.pack import PackedParameters, choose_block, code_pieces, float_center, pack_parameters
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 from l4q.weight import F32
+
+PIECE_BYTES = 32 << 20
+"""Stored bytes of a dense tensor that are widened at a time."""
 
 
 class LinearEmitter:
@@ -28,8 +30,8 @@ class LinearEmitter:
         self._quantized = frozenset(checkpoint.modules)
         self._dense = frozenset(checkpoint.dense_names)
         self._sums: dict[tuple[str | None, int], ir.Value] = {}
-        # The writer asks for a module's arrays one after the other; one slot saves reading codes once per array.
-        self._packed: Callable[[str, int], PackedLinear] = lru_cache(maxsize=1)(self._pack)
+        # The writer asks for a module's arrays one after the other; one slot saves computing them once per array.
+        self._parameters: Callable[[str, int], PackedParameters] = lru_cache(maxsize=1)(self._pack)
 
     def linear(self, x: ir.Value, module: str) -> ir.Value:
         """Multiply x [..., in_features] into [..., out_features], with the module's bias if it has one."""
@@ -49,12 +51,12 @@ class LinearEmitter:
 
     def dense(self, name: str, *, plus: float = 0.0) -> ir.Value:
         """An unquantized tensor, widened to float32 (exact from every stored dtype the plan admits), plus a number."""
-        return self._builder.lazy(
-            name,
-            ir.DataType.FLOAT,
-            self._checkpoint.dense_shape(name),
-            lambda: (self._checkpoint.dense(name).float() + plus).contiguous().numpy(),
-        )
+
+        def read() -> Iterator[Array]:
+            for rows in self._checkpoint.dense_row_slices(name, PIECE_BYTES):
+                yield (self._checkpoint.dense(name, rows).float() + plus).contiguous().numpy()
+
+        return self._builder.lazy(name, ir.DataType.FLOAT, self._checkpoint.dense_shape(name), read)
 
     def dense_product(self, x: ir.Value, weight: ir.Value, *, scope: str) -> ir.Value:
         """Multiply x by the transpose of a dense [N, K] matrix, which other nodes (the embedding) may share."""
@@ -69,7 +71,7 @@ class LinearEmitter:
         )
         rows = -(-info.in_features // block)
         inputs = [
-            self._lazy(module, "weight", self._code_dtype(module), (info.in_features, info.out_features), block),
+            self._codes(module, block),
             self._scales(module, (rows, info.out_features), block),
         ]
         if info.zero_point == "integer":
@@ -83,6 +85,17 @@ class LinearEmitter:
             y = self._builder.op("Add", y, correction, scope=module)
         return y
 
+    def _codes(self, module: str, block: int) -> ir.Value:
+        """The codes of [K, N], packed."""
+        info = self._checkpoint.info(module)
+
+        def read() -> Iterator[Array]:
+            signed = self._parameters(module, block).signed
+            return code_pieces(self._checkpoint.packed(module), signed=signed)
+
+        shape = (info.in_features, info.out_features)
+        return self._builder.lazy(f"{module}.weight", self._code_dtype(module), shape, read)
+
     def _scales(self, module: str, shape: tuple[int, int], block: int) -> ir.Value:
         """Scales as float32; stored as float16 they pass a Cast, which runtimes fold when they load the model."""
         if not self._half_scales:
@@ -91,14 +104,14 @@ class LinearEmitter:
             f"{module}.scales",
             ir.DataType.FLOAT16,
             shape,
-            lambda: self._packed(module, block).scales.astype(np.float16),  # exact: they were float16 in training
+            lambda: [self._parameters(module, block).scales.astype(np.float16)],  # exact: they were float16 in training
         )
         return self._builder.op("Cast", half, scope=f"{module}.scales", to=int(ir.DataType.FLOAT))
 
     def _code_dtype(self, module: str) -> ir.DataType:
         zero_point = self._checkpoint.info(module).zero_point
         # Only a float zero-point's values decide between signed and unsigned codes.
-        if zero_point == "float" and float_center(self._checkpoint.quantized(module)) == 0:
+        if zero_point == "float" and float_center(self._checkpoint.parameters(module)) == 0:
             return ir.DataType.UINT4
         return ir.DataType.UINT4 if zero_point == "integer" else ir.DataType.INT4
 
@@ -116,16 +129,14 @@ class LinearEmitter:
         return self._sums[key]
 
     def _lazy(self, module: str, part: str, dtype: ir.DataType, shape: tuple[int, int], block: int) -> ir.Value:
-        def read() -> npt.NDArray[np.generic]:
-            array: npt.NDArray[np.generic] = getattr(self._packed(module, block), part)
-            return array
+        return self._builder.lazy(
+            f"{module}.{part}", dtype, shape, lambda: [getattr(self._parameters(module, block), part)]
+        )
 
-        return self._builder.lazy(f"{module}.{part}", dtype, shape, read)
-
-    def _pack(self, module: str, block: int) -> PackedLinear:
-        return pack_linear(self._checkpoint.quantized(module), block)
+    def _pack(self, module: str, block: int) -> PackedParameters:
+        return pack_parameters(self._checkpoint.parameters(module), block)
 
 
-def as_float32(values: npt.NDArray[np.generic] | float) -> F32:
+def as_float32(values: Array | float) -> F32:
     """A float32 constant."""
     return np.asarray(values, dtype=np.float32)

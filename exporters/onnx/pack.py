@@ -16,13 +16,16 @@ A float zero-point becomes integer codes plus one small product over group sums 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from exporters.transpose import transposed_nibbles
 from l4q.errors import UnsupportedError, UsageError
-from l4q.weight import F32, U8, QuantizedWeight
+from l4q.packed_weight import PackedWeight
+from l4q.weight import F32, U8, GroupParameters, QuantizedWeight
 
 MIN_BLOCK = 16
 MAX_BLOCK = 256
@@ -30,19 +33,28 @@ MAX_BLOCK = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PackedLinear:
-    """The arrays of one linear as the ONNX file stores them; K = in_features, N = out_features, B = ceil(K / block)."""
+class PackedParameters:
+    """What gives the codes of one linear their values, as the ONNX file stores it.
 
-    weight: U8
-    """Packed codes of the logical array [K, N], (K * N + 1) // 2 bytes."""
+    K = in_features, N = out_features, B = ceil(K / block).
+    """
+
     signed: bool
-    """True: INT4 with zero-point 0. False: UINT4."""
+    """True: codes are INT4 with zero-point 0. False: UINT4."""
     scales: F32
     """[B, N]."""
     zeros: U8 | None
     """Packed UINT4 zero-points of the logical array [B, N], or None for 0."""
     group_bias: F32 | None
     """[groups, N]: added per group sum of the activations (float zero-point only)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedLinear(PackedParameters):
+    """All arrays of one linear as the ONNX file stores them."""
+
+    weight: U8
+    """Packed codes of the logical array [K, N], (K * N + 1) // 2 bytes."""
 
 
 def pack_uint4(values: U8) -> U8:
@@ -143,7 +155,7 @@ def block_rows(groups: npt.NDArray[np.generic], *, in_features: int, block: int)
     return np.ascontiguousarray(np.repeat(groups, repeats, axis=1).T)
 
 
-def float_center(weight: QuantizedWeight) -> int:
+def float_center(weight: GroupParameters) -> int:
     """The code c subtracted from a float-zero-point weight: 2**(bits-1), or 0 where m + s * c would round in float32.
 
     With c in the middle the codes are signed and small, which suits int8 activations; with 0 the bias is m itself.
@@ -153,7 +165,7 @@ def float_center(weight: QuantizedWeight) -> int:
     return middle if np.array_equal(exact.astype(np.float32).astype(np.float64), exact) else 0
 
 
-def _group_bias(weight: QuantizedWeight, center: int) -> npt.NDArray[np.float64]:
+def _group_bias(weight: GroupParameters, center: int) -> npt.NDArray[np.float64]:
     mins = weight.group_mins()
     if mins is None:
         raise UsageError("only a float zero-point has a group bias", where=weight.name, got=weight.zero_point)
@@ -162,6 +174,12 @@ def _group_bias(weight: QuantizedWeight, center: int) -> npt.NDArray[np.float64]
 
 def pack_linear(weight: QuantizedWeight, block: int) -> PackedLinear:
     """Lay out one weight with `block` columns per scale; exact for every zero-point kind."""
+    parameters = pack_parameters(weight, block)
+    return PackedLinear(weight=pack_linear_codes(weight, signed=parameters.signed), **vars(parameters))
+
+
+def pack_parameters(weight: GroupParameters, block: int) -> PackedParameters:
+    """All of `pack_linear` but the codes."""
     scales = block_rows(weight.group_scales(), in_features=weight.in_features, block=block)
     zeros: U8 | None = None
     group_bias: F32 | None = None
@@ -172,11 +190,22 @@ def pack_linear(weight: QuantizedWeight, block: int) -> PackedLinear:
         center = float_center(weight)
         signed = center > 0
         group_bias = np.ascontiguousarray(_group_bias(weight, center).T.astype(np.float32))
-    codes = int4_bits(weight.codes, weight.bits) if signed else weight.codes
-    return PackedLinear(
-        weight=pack_uint4(codes.T),  # [K, N]
-        signed=signed,
-        scales=scales.astype(np.float32),
-        zeros=zeros,
-        group_bias=group_bias,
-    )
+    return PackedParameters(signed=signed, scales=scales.astype(np.float32), zeros=zeros, group_bias=group_bias)
+
+
+def code_pieces(weight: PackedWeight, *, signed: bool) -> Iterator[npt.NDArray[np.generic]]:
+    """The bytes of `PackedLinear.weight`, in order and in pieces.
+
+    A 4-bit field with its highest bit turned over is the same number less 8, as two's complement has it; codes of fewer
+    bits are raised first, so that their midpoint is 8 too.
+    """
+    if weight.out_features % 8:  # such rows of the transpose end inside a word
+        yield pack_linear_codes(weight.unpack(), signed=signed)
+        return
+    fields = weight.fields(4, 8 - (1 << (weight.bits - 1)) if signed else 0)
+    yield from transposed_nibbles(fields, weight.in_features, flip=8 if signed else 0)
+
+
+def pack_linear_codes(weight: QuantizedWeight, *, signed: bool) -> U8:
+    """The same bytes at once, code by code."""
+    return pack_uint4((int4_bits(weight.codes, weight.bits) if signed else weight.codes).T)  # [K, N]
