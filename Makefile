@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 COUNT_PACKAGES = /^(Collecting|Processing|Requirement)/ { printf "\r    %d of %d", ++n, total; fflush() } \
   /^Installing/ { printf ", unpacking"; fflush() } END { print "" }
 
-.PHONY: help venv assets judges browser lint format test demo reproduce compatibility lock clean distclean
+.PHONY: help venv assets judges peers browser lint format test demo reproduce compatibility docs coverage minimum reliability lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -59,7 +59,10 @@ assets: venv ## fetch and convert the real models and texts to build/assets
 judges: venv ## install the foreign readers that tests compare with to build/judges
 	@$(BIN)/python -m tools.fetch_judges
 
-browser: ## Chromium, which looks at the report page in a test
+peers: venv ## install other people's exporters, for tools.bench_export, to build/peers
+	@$(BIN)/python -m tools.fetch_peers
+
+browser: ## Chromium, which looks at the pages in tests
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
 	  if command -v $$name >/dev/null; then exit 0; fi; done; \
 	if command -v apt-get >/dev/null && [ $$(id -u) = 0 ]; then \
@@ -89,6 +92,21 @@ reproduce: assets ## compare L4Q with its baselines on glassllm, 4 and 3 bits, 3
 
 compatibility: assets judges ## run every format in every runtime and write docs/compatibility.md
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tools.compatibility
+
+docs: venv ## build the documentation site into build/site and check its links
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@$(BIN)/python -m tools.check_site
+
+coverage: assets judges browser ## every test under coverage; the table of lines and branches
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m coverage run -m pytest
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+
+minimum: assets ## unit tests with the oldest package versions that pyproject.toml admits
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tools.minimum
+
+reliability: venv ## put what the last test run injected into docs/reliability.md
+	@$(BIN)/python -m tools.reliability --write docs/reliability.md
 
 lock: venv ## rewrite requirements.lock from pyproject.toml
 	@$(BIN)/python -m tools.lock
