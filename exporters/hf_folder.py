@@ -139,7 +139,9 @@ def cast_dense(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     import torch
 
     cast = tensor.to(getattr(torch, dtype)).contiguous()
-    if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(cast).all()):
+    if cast.dtype == tensor.dtype or _all_finite(cast):
+        return cast
+    if bool(torch.isfinite(tensor).all()):
         raise UnsupportedError(
             f"a dense tensor overflows {dtype}",
             where=name,
@@ -148,3 +150,13 @@ def cast_dense(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
             remedy="export with --dtype bfloat16",
         )
     return cast
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN; for 16-bit floats from their bits, as torch has no fast way."""
+    import torch
+
+    exponent = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}.get(values.dtype)
+    if exponent is None or not values.numel():
+        return bool(torch.isfinite(values).all())
+    return int((values.view(torch.int16) & 0x7FFF).max()) < exponent

@@ -240,11 +240,11 @@ def test_llama_cpp_runs_the_blocks(
     assert np.abs(f32 - oracle).max() < 2e-4
     assert divergence(f32, blocks) < K_TYPE_KL
     assert np.abs(blocks - f32).max() > 1e-4  # the blocks' own kernels ran
-    weights = {module: checkpoint.quantized(module) for module in checkpoint.modules}
+    weights = {module: checkpoint.packed(module) for module in checkpoint.modules}
     weights["model.layers.0.self_attn.v_proj"].scales[:] *= np.float16(2)
     shutil.copytree(checkpoint.path, tmp_path / "bad")
     bad = L4QCheckpoint.open(tmp_path / "bad")
-    monkeypatch.setattr(bad, "quantized", weights.__getitem__)
+    monkeypatch.setattr(bad, "packed", weights.__getitem__)
     export_gguf(bad, tmp_path / "out")
     assert divergence(f32, _logprobs(tmp_path / "out")) > DAMAGED_KL
 

@@ -66,7 +66,8 @@ def test_nibbles_are_transposed(shape: tuple[int, int]) -> None:
     """AWQ's order and ONNX's, rows of any length; one changed code is seen."""
     codes = codes_of(shape, 4)
     packed, turned = pack_codes(codes, 4), np.ascontiguousarray(codes.T)
-    awq, plain, signed = pack_awq(turned).tobytes(), pack_uint4(turned).tobytes(), pack_uint4(turned ^ 8).tobytes()
+    awq, plain = pack_awq(turned).tobytes(), pack_uint4(turned).tobytes()
+    signed = pack_uint4(turned ^ np.uint8(8)).tobytes()
     assert joined(transposed_nibbles(packed, shape[1], ORDER)) == awq
     assert joined(transposed_nibbles(packed, shape[1])) == plain
     assert joined(transposed_nibbles(packed, shape[1], flip=8)) == signed

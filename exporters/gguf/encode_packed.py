@@ -15,7 +15,8 @@ import numpy.typing as npt
 from exporters.gguf.encode import block_mins, encode
 from exporters.gguf.encode_k import q4_k_numbers
 from exporters.gguf.pack import BLOCK, U8
-from exporters.gguf.pack_k import SUPERBLOCK, pack_scales_q4_k
+from exporters.gguf.pack_k import pack_scales_q4_k
+from l4q.k_grids import SUPERBLOCK
 from l4q.packed_weight import PackedWeight
 
 _WORD = 8

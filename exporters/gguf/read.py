@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf.quants
@@ -41,6 +43,13 @@ def read_back(folder: Path, only: Collection[str] | None = None) -> Iterator[tup
         values = values + np.float32(0)  # a block with a negative scale has negative zeros
         heads = permuted_heads_of_file(architecture, reader, target)
         yield modules[target], values if heads is None else unpermute_rows(values, heads)
+        _forget(reader)
+
+
+def _forget(reader: gguf.GGUFReader) -> None:
+    """Give the pages that were read back to the system, or the reader of a large file comes to hold all of it."""
+    mapped: Any = reader.data
+    mapped._mmap.madvise(mmap.MADV_DONTNEED)  # NumPy has no public name for a memmap's mapping
 
 
 def find_file(folder: Path) -> Path:
