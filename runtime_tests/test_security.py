@@ -153,7 +153,7 @@ def watched(calls: str) -> tuple[str, str]:
 
 def test_local_files_need_no_network(bases: dict[str, Path], tmp_path: Path) -> None:
     """Training, inspecting, exporting and importing local files opens no connection, although none is forbidden."""
-    words = {
+    words: dict[str, list[object]] = {
         "l4q.cli_train": [bases["dense"], "--data", bases["text"], "--out", tmp_path / "run", "--steps", "1",
                           "--max-length", "16", "--group-size", "32"],
         "exporters.inspect.cli": [bases["gguf"]],
@@ -271,6 +271,6 @@ def test_lora_sizes_are_bounded() -> None:
     """Values that would fill the memory or poison every weight are refused."""
     for changes in ({"rank": 10**9}, {"alpha": float("nan")}, {"alpha": float("inf")}):
         with pytest.raises(UsageError, match="unsupported value"):
-            LoraConfig(**changes)  # type: ignore[arg-type]
+            LoraConfig(**changes)
     with pytest.raises(UsageError, match="group_size"):
         QuantConfig(group_size=-1.0)  # type: ignore[arg-type]

@@ -68,6 +68,9 @@ DATA: dict[str, Change] = {
     "unknown suffix": _raw(b"a", "train.csv"),
 }
 
+# Good records, too little to learn from
+SHORT = ("one token",)
+
 # Arguments of l4q-train
 OPTIONS: dict[str, tuple[str, ...]] = {
     "group size 0": ("--group-size", "0"),

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from exporters.environment import INHERITED
 from l4q.errors import UnsupportedError
-from runtime_tests.engines.host import COMMON_ENV, ENGINE_ENV, INHERITED, PROJECT, THREAD_VARIABLES
+from runtime_tests.engines.host import COMMON_ENV, ENGINE_ENV, PROJECT, THREAD_VARIABLES
 from runtime_tests.serving.server import HOST, Server, free_port
 from runtime_tests.targets import detect
 
