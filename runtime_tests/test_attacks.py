@@ -68,7 +68,7 @@ def tally() -> Iterator[Counter[str]]:
 
 
 def chosen(attack: Attack) -> tuple[str, ...]:
-    """The entries to run: with L4Q_ATTACKS=all each one; else two of the quick ones, or the slow one alone, in turns."""
+    """The entries to run: all with L4Q_ATTACKS=all; else two of the quick ones in turns, or the slow one alone."""
     number = ATTACKS.index(attack)
     quick = [entry for entry in attack.entries if entry not in SLOW]
     if os.environ.get("L4Q_ATTACKS") == "all" or not quick:

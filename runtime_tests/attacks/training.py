@@ -59,7 +59,6 @@ DATA: dict[str, Change] = {
     "message content an object": _chat(_turn("user", {"a": 1}), _turn("assistant")),
     "message with other keys": _chat({"role": "user", "content": "a", "tool": 1}),
     "no answer": _chat(_turn("user")),
-    "one token": _raw(b"a", TEXT),
     "text a pipe": _pipe,
     "text a link to /dev/zero": lambda folder: os.symlink("/dev/zero", folder / TEXT),
     "list an object": _raw(b'{"text": "a"}', LIST),
@@ -69,7 +68,7 @@ DATA: dict[str, Change] = {
 }
 
 # Good records, too little to learn from
-SHORT = ("one token",)
+SHORT: dict[str, Change] = {"one token": _raw(b"a", TEXT)}
 
 # Arguments of l4q-train
 OPTIONS: dict[str, tuple[str, ...]] = {
