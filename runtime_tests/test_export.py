@@ -248,7 +248,7 @@ def test_cli_dry_run_writes_nothing(checkpoint: L4QCheckpoint, tmp_path: Path) -
     assert "model.layers.*.self_attn.q_proj" in plain.output
     assert "vLLM" in plain.output
     as_json = CliRunner().invoke(command, [*arguments, "--json"])
-    assert len(json.loads(as_json.output)["gptq"]["tensors"]) > 14
+    assert len(json.loads(as_json.stdout)["gptq"]["tensors"]) > 14
     assert not (tmp_path / "out").exists()
 
 
