@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 COUNT_PACKAGES = /^(Collecting|Processing|Requirement)/ { printf "\r    %d of %d", ++n, total; fflush() } \
   /^Installing/ { printf ", unpacking"; fflush() } END { print "" }
 
-.PHONY: help venv assets judges peers browser lint format test demo reproduce compatibility docs coverage minimum reliability lock clean distclean
+.PHONY: help venv assets judges peers browser lint format test demo reproduce compatibility docs coverage mutation minimum reliability lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -97,13 +97,18 @@ docs: venv ## build the documentation site into build/site and check its links
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@$(BIN)/python -m tools.check_site
 
-coverage: assets judges browser ## every test under coverage; the table of lines and branches
+coverage: assets judges browser ## every test with line and branch coverage of l4q and exporters
+	@rm -f .coverage .coverage.*
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m coverage run -m pytest
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
 
-minimum: assets ## unit tests with the oldest package versions that pyproject.toml admits
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tools.minimum
+mutation: venv ## mutants of the packers and the quantizer; make mutation MUTANTS='exporters.words*' for some
+	@$(BIN)/python -m pip install --quiet --no-deps --target build/mutation mutmut==3.8.1 libcst==1.9.0
+	@PYTHONPATH=build/mutation $(BIN)/python -m mutmut run --max-children 1 $(MUTANTS)
+
+minimum: venv ## unit tests with the oldest versions that pyproject.toml admits
+	@$(BIN)/python -m tools.minimum
 
 reliability: venv ## put what the last test run injected into docs/reliability.md
 	@$(BIN)/python -m tools.reliability --write docs/reliability.md

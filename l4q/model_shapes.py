@@ -31,7 +31,8 @@ def check_shapes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     for name in shapes:
         found = LAYER.match(name)
         if found:
-            layers.setdefault(int(found[1]), set()).add(found[2])
+            # a linear left dense is the same part
+            layers.setdefault(int(found[1]), set()).add(found[2].removesuffix(".weight"))
     count = config.get("num_hidden_layers")
     if not layers or not isinstance(count, int):
         return

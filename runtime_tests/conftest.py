@@ -24,6 +24,8 @@ ASSETS = Path(__file__).resolve().parent.parent / "build" / "assets"
 
 # Examples are timed against no clock: a busy machine is not a defect. Failures repeat, because examples are derived.
 settings.register_profile("l4q", deadline=None, derandomize=True)
+# Every mutant runs the tests of its function: fewer examples each (make mutation).
+settings.register_profile("mutation", settings.get_profile("l4q"), max_examples=15)
 settings.load_profile("l4q")
 
 CheckpointMaker = Callable[..., Path]

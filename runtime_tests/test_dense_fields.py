@@ -81,7 +81,7 @@ def test_the_command_tells_what_it_would_write(tmp_path: Path) -> None:
     arguments = [str(checkpoint.path), "--to", "gptq", CT, "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(command, [*arguments, "--container-bits", "3", "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
-    plans = json.loads(result.output)
+    plans = json.loads(result.stdout)
     assert {name: plan["runtimes"]["vLLM"]["loads"] for name, plan in plans.items()} == {"gptq": False, CT: False}
     assert plans["gptq"]["runtimes"]["GPTQModel"]["loads"]
     assert plans["gptq"]["tensors"][0]["encoding"].startswith("int3 group")

@@ -151,7 +151,7 @@ def test_a_lying_writer_leaves_nothing(
     exporter = import_module(EXPORTERS[name])
     honest = exporter.write
 
-    def lying(source: L4QCheckpoint, plan: object, folder: Path, options: object, on_tensor: object) -> None:
+    def lying(source: L4QCheckpoint, *rest: object) -> None:
         class Shifted:
             """The checkpoint with one module's codes off by one."""
 
@@ -164,7 +164,7 @@ def test_a_lying_writer_leaves_nothing(
                     weight.packed[2, 1] ^= 1 << 4  # the code of column 3
                 return weight
 
-        honest(Shifted(), plan, folder, options, on_tensor)
+        honest(Shifted(), *rest)
 
     monkeypatch.setattr(exporter, "write", lying)
     with pytest.raises(VerificationError, match="13 of 14 modules"):
@@ -236,7 +236,7 @@ def test_cli_exports_and_reports(checkpoint: L4QCheckpoint, tmp_path: Path) -> N
     assert finished.returncode == 0, finished.stderr
     summary = json.loads(finished.stdout)
     assert set(summary) == {"gptq", "gguf"}
-    assert summary["gguf"]["verified"] == {"exact": 14, "total": 14}
+    assert summary["gguf"]["verified"] == {"exact": 14, "checked": 14, "total": 14}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gptq", "gguf"}
 
 
@@ -248,7 +248,7 @@ def test_cli_dry_run_writes_nothing(checkpoint: L4QCheckpoint, tmp_path: Path) -
     assert "model.layers.*.self_attn.q_proj" in plain.output
     assert "vLLM" in plain.output
     as_json = CliRunner().invoke(command, [*arguments, "--json"])
-    assert len(json.loads(as_json.output)["gptq"]["tensors"]) > 14
+    assert len(json.loads(as_json.stdout)["gptq"]["tensors"]) > 14
     assert not (tmp_path / "out").exists()
 
 

@@ -95,7 +95,7 @@ def test_scales_on_a_k_grid(grid: Any) -> None:
     """Rounded up they are on the grid, not below and within one unit; rounded to nearest, within half a unit."""
     k_grid = K_GRIDS[grid]
     scales = torch.rand(4, 2 * k_grid.groups, generator=torch.Generator().manual_seed(3)) * 0.02 + 1e-3
-    scales[0, 0], scales[1, :] = 1e-12, 1e9
+    scales[0, 0], scales[1, :], scales[2, :] = 1e-12, 1e9, 1e-12
     above, near = ceil_scales(scales, grid), snap_scales(scales, grid)
     bounded = scales.clamp(SCALE_MIN, SCALE_MAX)
     assert torch.equal(snap_scales(above, grid), above)
@@ -106,7 +106,7 @@ def test_scales_on_a_k_grid(grid: Any) -> None:
     units = (tops / k_grid.top).expand(4, 2, k_grid.groups).reshape(4, -1)
     assert bool(((above - bounded) <= 1.01 * units)[inside].all())
     assert bool(((near - bounded).abs() <= 0.51 * units)[(bounded > units) & inside].all())
-    assert float(above.min()) > 0
+    assert float(above[2].min()) >= SCALE_MIN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -144,3 +144,10 @@ def test_mins_on_a_k_grid() -> None:
     others = torch.ones_like(mins, dtype=torch.bool)
     others[0, 0] = others[1] = False
     assert bool(((found - mins).abs() < 0.51 / 63)[others].all())
+    quant = QuantConfig(bits=4, group_size=32, zero_point="float", scale_grid="q4_k")
+    scales = torch.rand(3, groups, generator=torch.Generator().manual_seed(6)) * 0.02 + 1e-3
+    params = grid_params(scales, torch.zeros_like(scales), quant)
+    snapped = snap_scales(scales, "q4_k")
+    assert torch.equal(params.scales, snapped)
+    assert torch.equal(params.mins, snap_mins(-8 * snapped, "q4_k"))
+    assert not torch.equal(params.mins, snap_mins(-8 * snapped, "fp16"))

@@ -18,6 +18,7 @@ from exporters.card import CARD_NAME
 from exporters.export import export
 from exporters.manifest import read_manifest
 from l4q.checkpoint import L4QCheckpoint
+from l4q.checkpoint_files import CHECKPOINT_MANIFEST
 from l4q.config import LoraConfig, QuantConfig
 from l4q.errors import UnsupportedError
 from l4q.model import wrap_linears
@@ -266,7 +267,8 @@ def damaged(checkpoint: L4QCheckpoint, folder: Path) -> L4QCheckpoint:
     """A copy whose head's rows are turned by one: token t gets the logits of t - 1."""
     folder.mkdir()
     for path in checkpoint.path.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+        if path.name != CHECKPOINT_MANIFEST:  # an export would notice by it
+            (folder / path.name).write_bytes(path.read_bytes())
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["lm_head.codes"] = tensors["lm_head.codes"].roll(1, 0)

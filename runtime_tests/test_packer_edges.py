@@ -9,6 +9,7 @@ import torch
 from exporters.compressed_tensors.pack import pack_zeros, unpack_zeros
 from exporters.gptq.pack import decode_zeros, encode_zeros
 from exporters.onnx.pack import pack_uint4, unpack_uint4
+from exporters.words import pack_rows, unpack_rows
 from l4q.errors import UsageError
 
 
@@ -60,3 +61,23 @@ def test_unknown_gptq_formats_are_named() -> None:
             "  got: gptq_v3",
             "  expected: one of ['gptq', 'gptq_v2']",
         ]
+
+
+def test_words_say_what_does_not_fit() -> None:
+    """Values come back as bytes; each refusal has its sentence, what was found and what was expected."""
+    codes = np.arange(32, dtype=np.uint8).reshape(32, 1) % 8
+    assert unpack_rows(pack_rows(codes, 3), 3).dtype == np.uint8
+    for call, lines in (
+        (
+            lambda: pack_rows(codes[:31], 3),
+            ["a packed axis must fill whole words", "  got: 31 values", "  expected: multiple of 32"],
+        ),
+        (lambda: pack_rows(codes, 2), ["a code does not fit its bits", "  got: 7", "  expected: < 4"]),
+        (
+            lambda: unpack_rows(pack_rows(codes, 3)[:2], 3),
+            ["packed words are cut off", "  got: 2 words", "  expected: multiple of 3"],
+        ),
+    ):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert str(caught.value).splitlines() == lines

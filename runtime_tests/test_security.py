@@ -153,7 +153,7 @@ def watched(calls: str) -> tuple[str, str]:
 
 def test_local_files_need_no_network(bases: dict[str, Path], tmp_path: Path) -> None:
     """Training, inspecting, exporting and importing local files opens no connection, although none is forbidden."""
-    words: dict[str, list[Any]] = {
+    words: dict[str, list[object]] = {
         "l4q.cli_train": [bases["dense"], "--data", bases["text"], "--out", tmp_path / "run", "--steps", "1",
                           "--max-length", "16", "--group-size", "32"],
         "exporters.inspect.cli": [bases["gguf"]],

@@ -185,6 +185,7 @@ def command(
     parsers: tuple[str, ...], examples: int, seed: int, minutes: float | None, recorded: bool, out: Path
 ) -> None:
     """Damage valid inputs of each PARSER and watch that l4q refuses them or reads them, and nothing else."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: threads do not survive a fork
     failed = 0
     try:
         for parser in parsers or TARGETS:

@@ -59,6 +59,14 @@ def decode(module: str, parts: dict[str, torch.Tensor], section: dict[str, Any],
     zeros: torch.Tensor | None = None
     if "qzeros" in parts:
         stored = unpack_words(parts["qzeros"], rows, bits, f"{where}.qzeros").to(torch.int64)  # [G, N]
+        if stored.shape[0] != groups:
+            raise UsageError(
+                "zero-points and scales have different groups",
+                where=f"{where}.qzeros",
+                got=stored.shape[0],
+                expected=groups,
+                remedy="the tensors are damaged or do not belong together",
+            )
         offset = SUBTRACTED[section.get("checkpoint_format", "gptq")]
         zeros = None if symmetric else ((stored + offset) % (1 << bits)).T.contiguous()
         middle = 1 << (bits - 1)

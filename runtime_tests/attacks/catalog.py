@@ -72,7 +72,14 @@ ATTACKS: tuple[Attack, ...] = (
     *_table("gguf", "gguf", gguf_files.GGUF, ("inspect", "import", "train", "verify gguf")),
     *_table("gguf model", "gguf", gguf_files.GGUF_MODELS, ("import", "train")),
     *_table("onnx", "onnx", onnx_files.ONNX, ("inspect", "verify onnx")),
-    *_table("training data", "data", training.DATA, ("data",)),
+    *_table("training data", "data", training.DATA, ("records", "data")),
+    *_table("training data", "data", training.SHORT, ("data",)),
+    *_table(
+        "training data",
+        "data",
+        {n: c for n, c in training.DATA.items() if n not in training.SHORT},
+        ("records", "data"),
+    ),
     *(
         Attack(area="options", name=name, base="dense", change=_nothing, entries=("train",), flags=flags)
         for name, flags in training.OPTIONS.items()

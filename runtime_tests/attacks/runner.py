@@ -134,6 +134,7 @@ def _status_kib(key: str) -> int:
 def main() -> None:
     """Answer until stdin ends."""
     bases = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()}
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: threads do not survive a fork
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print while they are imported
     for name in WARM:

@@ -59,7 +59,6 @@ DATA: dict[str, Change] = {
     "message content an object": _chat(_turn("user", {"a": 1}), _turn("assistant")),
     "message with other keys": _chat({"role": "user", "content": "a", "tool": 1}),
     "no answer": _chat(_turn("user")),
-    "one token": _raw(b"a", TEXT),
     "text a pipe": _pipe,
     "text a link to /dev/zero": lambda folder: os.symlink("/dev/zero", folder / TEXT),
     "list an object": _raw(b'{"text": "a"}', LIST),
@@ -67,6 +66,9 @@ DATA: dict[str, Change] = {
     "list with a bad record": _raw(b'[{"text": "a"}, 3]', LIST),
     "unknown suffix": _raw(b"a", "train.csv"),
 }
+
+# Good records, too little to learn from
+SHORT: dict[str, Change] = {"one token": _raw(b"a", TEXT)}
 
 # Arguments of l4q-train
 OPTIONS: dict[str, tuple[str, ...]] = {
