@@ -70,18 +70,30 @@ def with_data(tensor: onnx.TensorProto, path: Path, what: str, *, remedy: str) -
     Raises:
         UsageError: Its data lies outside the model's folder, is not there, or is not as long as its sizes say.
     """
-    nbytes = -(-tensor_bits(tensor) // 8)
+    check_data(tensor, path, what)
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
     if copy.data_location != onnx.TensorProto.EXTERNAL:
         return copy
     where = f"{path}: {tensor.name}"
-    _check_place({entry.key: entry.value for entry in tensor.external_data}, path, nbytes, what, where)
     with foreign(what, where=where, remedy=remedy):
         load_external_data_for_tensor(copy, str(path.parent))
     copy.ClearField("external_data")
     copy.data_location = onnx.TensorProto.DEFAULT
     return copy
+
+
+def check_data(tensor: onnx.TensorProto, path: Path, what: str) -> None:
+    """Check that a tensor's data is where it may be, and as long as its type and sizes say; nothing is read.
+
+    Raises:
+        UsageError: See above.
+    """
+    nbytes, where = -(-tensor_bits(tensor) // 8), f"{path}: {tensor.name}"
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_place({entry.key: entry.value for entry in tensor.external_data}, path, nbytes, what, where)
+    elif tensor.HasField("raw_data") and len(tensor.raw_data) != nbytes:
+        raise UsageError(what, where=where, got=f"{len(tensor.raw_data):,} bytes", expected=nbytes, remedy=_REMEDY)
 
 
 def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, where: str) -> None:
