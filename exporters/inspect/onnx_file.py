@@ -33,7 +33,7 @@ def open_source(path: Path) -> Source:
         raise UsageError("the ONNX model has no nodes", where=path, remedy="copy it again")
     with foreign("the ONNX model's nodes cannot be read", where=path):
         for tensor in model.graph.initializer:
-            check_data(tensor, path, "a tensor's data cannot be read")
+            check_data(tensor, path, "a tensor's data cannot be read", absent=True)
         entries = _Reader(model, path).entries()
     operators = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
     opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}

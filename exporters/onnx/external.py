@@ -83,20 +83,26 @@ def with_data(tensor: onnx.TensorProto, path: Path, what: str, *, remedy: str) -
     return copy
 
 
-def check_data(tensor: onnx.TensorProto, path: Path, what: str) -> None:
+def check_data(tensor: onnx.TensorProto, path: Path, what: str, *, absent: bool = False) -> None:
     """Check that a tensor's data is where it may be, and as long as its type and sizes say; nothing is read.
+
+    Args:
+        tensor: An initializer.
+        path: The model's file.
+        what: First sentence of the error.
+        absent: Whether the file beside the model may be missing.
 
     Raises:
         UsageError: See above.
     """
     nbytes, where = -(-tensor_bits(tensor) // 8), f"{path}: {tensor.name}"
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        _check_place({entry.key: entry.value for entry in tensor.external_data}, path, nbytes, what, where)
+        _check_place({entry.key: entry.value for entry in tensor.external_data}, path, nbytes, what, where, absent)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != nbytes:
         raise UsageError(what, where=where, got=f"{len(tensor.raw_data):,} bytes", expected=nbytes, remedy=_REMEDY)
 
 
-def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, where: str) -> None:
+def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, where: str, absent: bool) -> None:
     """External data must be a file of the folder and lie in it with exactly the tensor's bytes."""
     location = place.get("location", "")
     parts = PurePosixPath(location).parts
@@ -110,6 +116,8 @@ def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, wher
         raise UsageError(
             "external data is a link that leaves its folder", where=where, got=target.resolve(), expected="a file of it"
         )
+    if absent and not target.exists():
+        return
     try:
         size = target.stat().st_size if target.is_file() else -1
         offset, length = int(place.get("offset", "0")), int(place.get("length", str(nbytes)))
