@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from l4q.errors import UsageError
@@ -38,7 +40,22 @@ def load_model(path: Path, what: str, *, remedy: str) -> onnx.ModelProto:
     if path.is_file() and path.stat().st_size > MOST_BYTES:
         raise UsageError(what, where=path, got=f"{path.stat().st_size:,} bytes", expected=f"at most {MOST_BYTES:,}")
     with foreign(what, where=path, remedy=remedy):
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
+        odd = next(_not_text(model), None)
+    if odd is not None:
+        raise UsageError(what, where=f"{path}: {odd}", expected="names in UTF-8", remedy=remedy)
+    return model
+
+
+def _not_text(message: Message) -> Iterator[str]:
+    """Fields of text that are not UTF-8, which protobuf hands over as bytes."""
+    for kind, value in message.ListFields():
+        several = value if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (value,)
+        if kind.type == kind.TYPE_MESSAGE:
+            for inner in several:
+                yield from _not_text(inner)
+        elif kind.type == kind.TYPE_STRING and any(isinstance(text, bytes) for text in several):
+            yield kind.full_name
 
 
 def tensor_bits(tensor: onnx.TensorProto) -> int:
