@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
@@ -78,17 +79,16 @@ def read_elsewhere(name: str, folder: Path, only: Collection[str] | None = None)
 
 
 def _answers(process: subprocess.Popen[str], scratch: Path) -> Iterator[tuple[str, F32]]:
-    if process.stdin is None or process.stdout is None:
-        raise VerificationError("the reader in another process has no pipes")
-    for line in process.stdout:
+    questions, answers = cast(IO[str], process.stdin), cast(IO[str], process.stdout)  # both are pipes
+    for line in answers:
         answer = json.loads(line)
         if "error" in answer:
             raise ERRORS.get(answer["error"], L4QError)(answer["message"])
         if "end" in answer:
             return
         yield answer["module"], np.load(scratch / answer["array"], allow_pickle=False)
-        process.stdin.write("next\n")
-        process.stdin.flush()
+        questions.write("next\n")
+        questions.flush()
     code = process.wait()  # only then is the log complete
     log = (scratch / "log").read_text(encoding="utf-8", errors="replace")[-TAIL_CHARS:]
     raise VerificationError("the reader in another process died", got=log.strip() or f"exit code {code}")

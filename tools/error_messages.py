@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.error_relays import Call, error_calls, find_relays
+from tools.error_syntax import constants_of, name_of, texts_of
+
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("l4q", "exporters", "runtime_tests")
 BASE = "L4QError"
@@ -15,6 +18,8 @@ ERRORS_MODULE = "l4q/errors.py"
 # A test's text names a message if it holds this many characters of it: less occurs by chance.
 LEAST = 8
 HOLE = "\0"
+FLAGS = re.compile(r"\(\?[aimsx]+\)")
+"""Flags at the start of a match= pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,78 +74,42 @@ def _exit_code(node: ast.ClassDef, inherited: int) -> int:
 def messages(root: Path = PROJECT) -> list[Message]:
     """All messages, in the order of files and lines; a conditional text is one message per branch."""
     kinds = error_classes(root)
-    found: list[Message] = []
-    for path in source_files(root):
-        module = path.relative_to(root).as_posix()
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        constants = _constants(tree)
-        found += (
-            message
-            for call in ast.walk(tree)
-            if isinstance(call, ast.Call) and _name(call.func) in kinds
-            for message in _of_call(call, module, constants)
-        )
+    trees = {
+        path.relative_to(root).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in source_files(root)
+    }
+    relays = find_relays(trees, kinds)
+    found = [
+        message
+        for module, tree in trees.items()
+        for call in error_calls(module, tree, kinds, relays)
+        if not call.is_relayed
+        for message in _of_call(call, module, constants_of(tree))
+    ]
     return sorted(found, key=lambda message: (message.module, message.line, message.what))
 
 
-def _of_call(call: ast.Call, module: str, constants: dict[str, str]) -> Iterator[Message]:
-    if _name(call.func) == "PeerError":  # says nothing of its own: the message is that of process 0
+def _of_call(call: Call, module: str, constants: dict[str, str]) -> Iterator[Message]:
+    kind = call.relay.kind if call.relay else name_of(call.node.func)
+    if kind == "PeerError":  # says nothing of its own: the message is that of process 0
         return
-    given = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-    first = call.args[0] if call.args else given.get("what")
-    for what in _texts(first, constants):
+    given = {keyword.arg: keyword.value for keyword in call.node.keywords if keyword.arg}
+    if call.relay and call.relay.kind_parameter in given:
+        kind = name_of(given[call.relay.kind_parameter])
+
+    def field(name: str) -> str:
+        if call.relay and name not in given:
+            return str(getattr(call.relay, name))
+        return " / ".join(texts_of(given.get(name), constants))
+
+    for what in texts_of(call.what, constants):
         yield Message(
             what=what,
-            kind=_name(call.func),
+            kind=kind,
             module=module,
-            line=call.lineno,
-            expected=" / ".join(_texts(given.get("expected"), constants)),
-            remedy=" / ".join(_texts(given.get("remedy"), constants)),
+            line=call.node.lineno,
+            expected=field("expected"),
+            remedy=field("remedy"),
         )
-
-
-def _name(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-
-
-def _constants(tree: ast.Module) -> dict[str, str]:
-    """Texts that a module gives a name to."""
-    return {
-        statement.targets[0].id: statement.value.value
-        for statement in tree.body
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.targets[0], ast.Name)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    }
-
-
-def _texts(node: ast.expr | None, constants: dict[str, str]) -> list[str]:
-    """What an expression can say: its text, the texts of both branches, or {…} where only a run would tell."""
-    if node is None or (isinstance(node, ast.Constant) and node.value is None):
-        return []
-    if isinstance(node, ast.Constant):
-        return [str(node.value)]
-    if isinstance(node, ast.Name) and node.id in constants:
-        return [constants[node.id]]
-    if isinstance(node, ast.IfExp):
-        return [*_texts(node.body, constants), *_texts(node.orelse, constants)]
-    if isinstance(node, ast.JoinedStr):
-        return ["".join(_piece(value) for value in node.values)]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        ends = _texts(node.right, constants)
-        return [left + right for left in _texts(node.left, constants) for right in ends]
-    return [_hole(node)]
-
-
-def _piece(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    return _hole(node.value if isinstance(node, ast.FormattedValue) else node)
-
-
-def _hole(node: ast.expr) -> str:
-    return "{" + (_name(node) or "…") + "}"
 
 
 def literal_parts(what: str) -> list[str]:
@@ -158,7 +127,7 @@ def texts_of_tests(root: Path = PROJECT) -> list[str]:
             part
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented
-            for part in re.split(r"\.[*+]\??|\||\n", re.sub(r"\\(\W)", r"\1", node.value))
+            for part in re.split(r"\.[*+]\??|\||\n", re.sub(r"\\(\W)", r"\1", FLAGS.sub("", node.value)))
         )
     return sorted({text.strip() for text in found if len(text.strip()) >= LEAST})
 

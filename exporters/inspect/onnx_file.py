@@ -20,6 +20,8 @@ from l4q.guards import foreign
 
 # element type of codes -> (bits, added to make a stored value an unsigned code)
 CODE_TYPES = {"UINT4": (4, 0), "INT4": (4, 8), "UINT8": (8, 0), "INT8": (8, 128)}
+UNREADABLE = "a tensor's data cannot be read"
+AGAIN = "copy the whole folder"
 
 
 def open_source(path: Path) -> Source:
@@ -147,9 +149,8 @@ class _Reader:
 
     def _array(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         """An initializer's values, from the file beside the model if they lie there."""
-        what, remedy = "a tensor's data cannot be read", "copy the whole folder"
-        copy = with_data(self._tensors[name], self.path, what, remedy=remedy)
-        with foreign(what, where=f"{self.path}: {name}", remedy=remedy):
+        copy = with_data(self._tensors[name], self.path, UNREADABLE, remedy=AGAIN)
+        with foreign(UNREADABLE, where=f"{self.path}: {name}", remedy=AGAIN):
             return np.asarray(numpy_helper.to_array(copy))
 
 

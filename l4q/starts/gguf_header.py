@@ -89,8 +89,13 @@ def check_gguf(path: Path) -> None:
     except OSError as error:
         raise UsageError("the GGUF file cannot be read", where=path, got=error) from error
     except _Wrong as wrong:
-        what = "the GGUF file is truncated or damaged"
-        raise UsageError(what, where=path, got=wrong.got, expected=wrong.expected, remedy=_REMEDY) from None
+        raise UsageError(
+            "the GGUF file is truncated or damaged",
+            where=path,
+            got=wrong.got,
+            expected=wrong.expected,
+            remedy=_REMEDY,
+        ) from None
 
 
 def _check(cursor: _Cursor) -> None:
