@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoConfig
 
+from exporters.inspect.counts import count
 from exporters.inspect.open import open_source
 from exporters.onnx.family import read_spec
 from exporters.onnx.hollow import cache_shapes, hollow_decoder
@@ -34,10 +35,10 @@ def test_models_the_onnx_graphs_do_not_cover(tmp_path: Path) -> None:
         cache_shapes(hollow_decoder(latent))
 
 
-def onnx_file(folder: Path, change: Callable[[onnx.TensorProto], object], **attributes: Any) -> Path:
+def onnx_file(folder: Path, change: Callable[[onnx.TensorProto], object], scale: float = 1, **attributes: Any) -> Path:
     """A model of one MatMulNBits whose packed weight, 4 rows of 32 columns, was changed."""
     packed = numpy_helper.from_array(np.zeros((4, 1, 16), dtype=np.uint8), "packed")
-    scales = numpy_helper.from_array(np.ones((4, 1), dtype=np.float32), "scales")
+    scales = numpy_helper.from_array(np.full((4, 1), scale, dtype=np.float32), "scales")
     change(packed)
     options = {"K": 32, "N": 4, "bits": 4, "block_size": 32, **attributes}
     node = helper.make_node("MatMulNBits", ["x", "packed", "scales"], ["y"], domain="com.microsoft", **options)
@@ -45,6 +46,11 @@ def onnx_file(folder: Path, change: Callable[[onnx.TensorProto], object], **attr
     model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [packed, scales]))
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return folder / "model.onnx"
+
+
+def inspect(path: Path) -> None:
+    """What l4q-inspect does."""
+    count(open_source(path))
 
 
 def outside(location: str) -> Callable[[onnx.TensorProto], object]:
@@ -56,13 +62,6 @@ def outside(location: str) -> Callable[[onnx.TensorProto], object]:
         tensor.external_data.add(key="location", value=location)
 
     return change
-
-
-def count(path: Path) -> None:
-    """Count the codes of all entries, as l4q-inspect does."""
-    for entry in open_source(path).entries:
-        if entry.values is not None:
-            entry.values()
 
 
 ONNX: dict[str, tuple[str, Callable[[onnx.TensorProto], object]]] = {
@@ -79,13 +78,15 @@ def test_onnx_tensors_that_are_somewhere_else(tmp_path: Path, message: str) -> N
     """Types and sizes of no tensor, and data that are not in the folder."""
     details, change = ONNX[message]
     (tmp_path / "linked").symlink_to("/dev/null")
-    count(onnx_file(tmp_path, lambda tensor: None))
+    inspect(onnx_file(tmp_path, lambda tensor: None))
     with pytest.raises(UsageError, match=f"{message}(?s:.*){details}"):
-        count(onnx_file(tmp_path, change))
+        inspect(onnx_file(tmp_path, change))
 
 
 def test_onnx_weights_that_are_not_as_their_node_says(tmp_path: Path) -> None:
-    """Seven rows out of 64 bytes."""
+    """Seven rows out of 64 bytes, and scales that are none."""
     message = "a quantized weight cannot be decoded\n  where: .*packed\n  got: ValueError: cannot reshape"
     with pytest.raises(UsageError, match=message):
-        count(onnx_file(tmp_path, lambda tensor: None, N=7))
+        inspect(onnx_file(tmp_path, lambda tensor: None, N=7))
+    with pytest.raises(UsageError, match="a scale is NaN or infinite\n  where: packed\n  do: the file is damaged"):
+        inspect(onnx_file(tmp_path, lambda tensor: None, scale=float("inf")))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from exporters.inspect.facts import Grids, GridValues, Source, TensorEntry
+from l4q.errors import UsageError
 
 # part of the model -> pattern on tensor names, Hugging Face's and GGUF's; the first that matches counts
 PARTS: tuple[tuple[str, str], ...] = (
@@ -113,6 +114,8 @@ def _add_values(counts: Counts, entry: TensorEntry, values: GridValues | None) -
     if values is None:
         counts.grids.undecoded += bool(entry.note)
         return entry.note or ("not read" if entry.values is not None else "")
+    if not np.isfinite(values.scales).all():
+        raise UsageError("a scale is NaN or infinite", where=entry.name, remedy="the file is damaged: copy it again")
     grids = counts.grids
     grids.bits[values.bits] = grids.bits.get(values.bits, 0) + 1
     grids.group_sizes[values.group_size] = grids.group_sizes.get(values.group_size, 0) + 1

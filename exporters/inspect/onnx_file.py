@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from exporters.inspect.facts import GridValues, Source, TensorEntry
 from exporters.inspect.runtimes import of_onnx
-from exporters.onnx.external import load_model, tensor_bits, with_data
+from exporters.onnx.external import check_data, load_model, tensor_bits, with_data
 from l4q.bitpack import unpack_codes
 from l4q.errors import UsageError
 from l4q.guards import foreign
@@ -34,6 +34,8 @@ def open_source(path: Path) -> Source:
     if not model.graph.node:
         raise UsageError("the ONNX model has no nodes", where=path, remedy="copy it again")
     with foreign("the ONNX model's nodes cannot be read", where=path):
+        for tensor in model.graph.initializer:
+            check_data(tensor, path, "a tensor's data cannot be read", absent=True)
         entries = _Reader(model, path).entries()
     operators = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
     opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}

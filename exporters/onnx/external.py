@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from l4q.errors import UsageError
@@ -38,7 +40,22 @@ def load_model(path: Path, what: str, *, remedy: str) -> onnx.ModelProto:
     if path.is_file() and path.stat().st_size > MOST_BYTES:
         raise UsageError(what, where=path, got=f"{path.stat().st_size:,} bytes", expected=f"at most {MOST_BYTES:,}")
     with foreign(what, where=path, remedy=remedy):
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
+        odd = next(_not_text(model), None)
+    if odd is not None:
+        raise UsageError(what, where=f"{path}: {odd}", expected="names in UTF-8", remedy=remedy)
+    return model
+
+
+def _not_text(message: Message) -> Iterator[str]:
+    """Fields of text that are not UTF-8, which protobuf hands over as bytes."""
+    for kind, value in message.ListFields():
+        several = value if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (value,)
+        if kind.type == kind.TYPE_MESSAGE:
+            for inner in several:
+                yield from _not_text(inner)
+        elif kind.type == kind.TYPE_STRING and any(isinstance(text, bytes) for text in several):
+            yield kind.full_name
 
 
 def tensor_bits(tensor: onnx.TensorProto) -> int:
@@ -70,13 +87,12 @@ def with_data(tensor: onnx.TensorProto, path: Path, what: str, *, remedy: str) -
     Raises:
         UsageError: Its data lies outside the model's folder, is not there, or is not as long as its sizes say.
     """
-    nbytes = -(-tensor_bits(tensor) // 8)
+    check_data(tensor, path, what)
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
     if copy.data_location != onnx.TensorProto.EXTERNAL:
         return copy
     where = f"{path}: {tensor.name}"
-    _check_place({entry.key: entry.value for entry in tensor.external_data}, path, nbytes, what, where)
     with foreign(what, where=where, remedy=remedy):
         load_external_data_for_tensor(copy, str(path.parent))
     copy.ClearField("external_data")
@@ -84,7 +100,26 @@ def with_data(tensor: onnx.TensorProto, path: Path, what: str, *, remedy: str) -
     return copy
 
 
-def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, where: str) -> None:
+def check_data(tensor: onnx.TensorProto, path: Path, what: str, *, absent: bool = False) -> None:
+    """Check that a tensor's data is where it may be, and as long as its type and sizes say; nothing is read.
+
+    Args:
+        tensor: An initializer.
+        path: The model's file.
+        what: First sentence of the error.
+        absent: Whether the file beside the model may be missing.
+
+    Raises:
+        UsageError: See above.
+    """
+    nbytes, where = -(-tensor_bits(tensor) // 8), f"{path}: {tensor.name}"
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_place({entry.key: entry.value for entry in tensor.external_data}, path, nbytes, what, where, absent)
+    elif tensor.HasField("raw_data") and len(tensor.raw_data) != nbytes:
+        raise UsageError(what, where=where, got=f"{len(tensor.raw_data):,} bytes", expected=nbytes, remedy=_REMEDY)
+
+
+def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, where: str, absent: bool) -> None:
     """External data must be a file of the folder and lie in it with exactly the tensor's bytes."""
     location = place.get("location", "")
     parts = PurePosixPath(location).parts
@@ -98,6 +133,8 @@ def _check_place(place: dict[str, str], path: Path, nbytes: int, what: str, wher
         raise UsageError(
             "external data is a link that leaves its folder", where=where, got=target.resolve(), expected="a file of it"
         )
+    if absent and not target.exists():
+        return
     try:
         size = target.stat().st_size if target.is_file() else -1
         offset, length = int(place.get("offset", "0")), int(place.get("length", str(nbytes)))

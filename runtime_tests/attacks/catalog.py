@@ -73,13 +73,7 @@ ATTACKS: tuple[Attack, ...] = (
     *_table("gguf model", "gguf", gguf_files.GGUF_MODELS, ("import", "train")),
     *_table("onnx", "onnx", onnx_files.ONNX, ("inspect", "verify onnx")),
     *_table("training data", "data", training.DATA, ("records", "data")),
-    *_table("training data", "data", training.SHORT, ("data",)),
-    *_table(
-        "training data",
-        "data",
-        {n: c for n, c in training.DATA.items() if n not in training.SHORT},
-        ("records", "data"),
-    ),
+    *_table("onnx graph", "onnx", onnx_files.ONNX_NODES, ("verify onnx",)),
     *(
         Attack(area="options", name=name, base="dense", change=_nothing, entries=("train",), flags=flags)
         for name, flags in training.OPTIONS.items()

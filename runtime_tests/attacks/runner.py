@@ -9,6 +9,7 @@ errors), "accepted", "unexpected", "signal N", "timeout".
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -139,6 +140,8 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print while they are imported
     for name in WARM:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a forked process would copy the pages of whatever its collector looks at
     for line in sys.stdin:
         asked = json.loads(line)
         answer = run_forked(

@@ -67,9 +67,6 @@ DATA: dict[str, Change] = {
     "unknown suffix": _raw(b"a", "train.csv"),
 }
 
-# Good records, too little to learn from
-SHORT: dict[str, Change] = {"one token": _raw(b"a", TEXT)}
-
 # Arguments of l4q-train
 OPTIONS: dict[str, tuple[str, ...]] = {
     "group size 0": ("--group-size", "0"),
