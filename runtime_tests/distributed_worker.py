@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from l4q import optim
 from l4q.config import LoraConfig, QuantConfig
-from l4q.distributed import decide, leave, process_index
+from l4q.distributed import decide, is_main, leave, process_index, shared_stage
 from l4q.errors import L4QError
+from l4q.optim import make_optimizer
 from l4q.sharding import shard_model
 from l4q.train import train
 from l4q.train_model import load_model
@@ -63,7 +66,24 @@ def main(model: Path, data: Path, folder: Path) -> None:
     unequal = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4 + process_index())])})
     note(folder / "claim", failure(lambda: train(replace(options, out=ddp))))
     note(folder / "unequal", failure(lambda: shard_model(unequal, torch.device("cpu"))))
+    refusals(folder)
     leave()
+
+
+def refusals(folder: Path) -> None:
+    """A model without blocks, 8-bit moments of a sharded one, and a run folder on a disk of process 0's own."""
+    note(folder / "blockless", failure(lambda: shard_model(nn.Linear(2, 2), torch.device("cpu"))))
+    blocks = nn.Sequential(nn.ModuleList([nn.Linear(4, 4)]))
+    shard_model(blocks, torch.device("cpu"))
+    optim.EIGHT_BIT["torch"] = "torch.optim"  # a package that is there; sharded tensors are refused before it is used
+    groups = [{"params": list(blocks.parameters())}]
+    note(folder / "eight_bit", failure(lambda: make_optimizer(groups, "8bit", betas=(0.9, 0.95), eps=1e-8)))
+    if is_main():
+        decide(lambda: folder / "of-another-machine")
+        note(folder / "elsewhere", "none")
+    else:
+        with ExitStack() as stack:
+            note(folder / "elsewhere", failure(lambda: stack.enter_context(shared_stage(folder / "out"))))
 
 
 def failure(action: Callable[[], object]) -> str:

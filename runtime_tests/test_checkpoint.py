@@ -242,7 +242,7 @@ def test_poisoned_scales_are_refused_on_reading(
 def test_group_size_that_does_not_divide(glassllm_dir: Path) -> None:
     """Group 64 on 341 columns lists the layers and the sizes that fit, and wraps nothing."""
     model = AutoModelForCausalLM.from_pretrained(glassllm_dir, dtype=torch.float32)
-    with pytest.raises(UsageError, match="group size does not divide") as caught:
+    with pytest.raises(UsageError, match="the group size does not divide in_features of some layers") as caught:
         wrap_linears(model, QuantConfig(), LoraConfig())
     assert "down_proj" in str(caught.value)
     assert "only -1" in str(caught.value)

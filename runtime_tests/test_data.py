@@ -150,7 +150,7 @@ def test_template_refusal_is_reported(tmp_path: Path, chat_tokenizer: Any) -> No
 
 def test_chat_needs_a_template(tmp_path: Path, glass_tokenizer: Any) -> None:
     """A conversation for a tokenizer without chat template is refused with a remedy."""
-    with pytest.raises(UnsupportedError, match=r"(?s)no chat template.*prompt, completion"):
+    with pytest.raises(UnsupportedError, match=r"(?s)the model's tokenizer has no chat template.*prompt, completion"):
         load(tmp_path, glass_tokenizer, [{"messages": CHAT}])
 
 

@@ -194,6 +194,19 @@ def test_unequal_models_are_refused(runs: Path) -> None:
     assert "[5, 4]" in second
 
 
+def test_what_cannot_be_spread_is_refused(runs: Path) -> None:
+    """A model without blocks, 8-bit moments of a sharded one, and a run folder on a disk of process 0's own."""
+    for name, message in (
+        ("blockless", r"the model cannot be sharded\n  where: Linear\n  expected: a torch\.nn\.ModuleList of blocks"),
+        ("eight_bit", "8-bit optimizer states cannot be sharded\n  where: optim_state\n  got: a model sharded by"),
+    ):
+        assert all(re.match(f"UnsupportedError 3: {message}", text) for text in seen(runs, name)), seen(runs, name)
+    message = "UsageError 2: the run folder is not visible to every process\n  where: .*of-another-machine\n"
+    assert seen(runs, "elsewhere")[0] == "none"
+    message += "  got: process 1 does not see it\n  do: put --out on storage"
+    assert re.match(message, seen(runs, "elsewhere")[1])
+
+
 def test_accelerate_launch_prints_one_result(single: TrainOptions, tmp_path: Path) -> None:
     """Accelerate's launcher, configured for FSDP, runs the command; one process prints and records the run."""
     run = tmp_path / "run"

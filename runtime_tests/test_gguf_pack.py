@@ -192,8 +192,8 @@ def test_overflowing_product_leaves_q4_1() -> None:
     [
         (np.full((1, 32), 16, np.uint8), np.ones((1, 1), np.float16), "code out of range"),
         (np.zeros((1, 33), np.uint8), np.ones((1, 1), np.float16), "do not fill blocks"),
-        (np.zeros((1, 64), np.uint8), np.ones((1, 3), np.float16), "do not match the codes"),
-        (np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32), "do not match the codes"),
+        (np.zeros((1, 64), np.uint8), np.ones((1, 3), np.float16), "group parameters do not match the codes"),
+        (np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32), "group parameters do not match the codes"),
     ],
 )
 def test_wrong_input_is_named(codes: Any, scales: Any, message: str) -> None:

@@ -20,14 +20,14 @@ from l4q.data import load_training_data, require_known
 from l4q.data_records import read_records
 from l4q.errors import BusyError, L4QError, UnsupportedError, UsageError
 from l4q.files import find_side_files
-from l4q.json_files import MOST_LEVELS
+from l4q.json_files import MOST_BYTES, MOST_LEVELS
 from l4q.locks import exclusive
 from l4q.shard_writer import dtype_word
 from l4q.shards import ShardReader
 from l4q.tokenizers import read_tokenizer, require_tokenizer
 from l4q.train_model import load_model
 from l4q.train_options import TrainOptions
-from runtime_tests.attacks.edit import Change, config, join, link, record, set_item
+from runtime_tests.attacks.edit import Change, config, grown, join, link, record, set_item
 from runtime_tests.tiny_llama import tiny_checkpoint, tiny_llama
 
 INDEX = "model.safetensors.index.json"
@@ -38,6 +38,12 @@ UP = "model.layers.0.mlp.up_proj"
 def as_pickle(folder: Path) -> None:
     """The weights are a pickle."""
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def as_folder(folder: Path) -> None:
+    """The weights are a folder."""
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
 
 
 def nested(folder: Path) -> None:
@@ -62,11 +68,12 @@ MODELS: dict[str, tuple[type[L4QError], str, Change]] = {
         config(num_hidden_layers=-1),
     ),
     "config.json is nested too deeply": (UsageError, f"expected: at most {MOST_LEVELS} levels", nested),
+    "config.json is too large": (UsageError, "expected: <= 33,554,432", grown("config.json", MOST_BYTES + 1)),
     "transformers cannot load this model": (UsageError, "got: KeyError: 'nonsense'", config(hidden_act="nonsense")),
     "a weight file is not a file": (
         UsageError,
         r"where: .*model\.safetensors\n  expected: a safetensors file",
-        lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()],
+        as_folder,
     ),
     "a weight file is a link that leaves its folder": (
         UsageError,
@@ -146,7 +153,7 @@ CHECKPOINTS: dict[str, tuple[str, Change]] = {
     ),
     "the tensors are not those of config.json": (
         "got: tensors of 1 layers, 0 to 0\n  expected: layers 0 to 1",
-        lambda folder: [config(num_hidden_layers=2)(folder), (folder / "l4q-manifest.json").unlink(missing_ok=True)],
+        config(num_hidden_layers=2),
     ),
 }
 
@@ -169,13 +176,17 @@ def test_checkpoints_that_are_damaged(tmp_path: Path, message: str) -> None:
 
 
 def test_a_row_of_half_a_superblock(tmp_path: Path) -> None:
-    """The record of a module on a K grid must have rows of whole superblocks."""
+    """The record of a module must have rows of whole groups, and on a K grid of whole superblocks."""
     quant = QuantConfig.from_dict({"scale_grid": "q4_k", "zero_point": "float", "bits": 4, "group_size": 32})
     sizes: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 1}
     folder = tiny_checkpoint(tmp_path, quant, **sizes).path
     L4QCheckpoint.open(folder)
     record(UP, lambda values: values.update(shape=[256, 288]))(folder)
     with pytest.raises(UsageError, match=rf"superblocks do not fill a row\n  where: .*{UP}\n  got: 288 / 256"):
+        L4QCheckpoint.open(folder)
+    folder = tiny_checkpoint(tmp_path / "plain", QuantConfig(group_size=32), num_hidden_layers=1).path
+    record(UP, lambda values: values.update(shape=[256, 100]))(folder)
+    with pytest.raises(UsageError, match=rf"group_size does not divide in_features\n  where: .*{UP}\n  got: 100 / 32"):
         L4QCheckpoint.open(folder)
 
 

@@ -65,6 +65,7 @@ READ_BACK: dict[str, tuple[str, str, Damage]] = {
         "the config's dynamic rules say that a quantized module is dense",
         section(dynamic={r"-:.*up_proj$": {}}),
     ),
+    "gptq sym": ("gptq", "the config says sym: true, but a zero-point is not the midpoint", section(sym=True)),
     "gptq shape": ("gptq", "the tensors of a module disagree in shape", changed("scales", lambda t: t[:1])),
     "gptq order": (
         "gptq",

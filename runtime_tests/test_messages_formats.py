@@ -25,9 +25,10 @@ from l4q.starts import open_start
 from runtime_tests.import_sources import UP, exported, gptq_source, make_source, reorder
 from runtime_tests.mixed_models import MIXES, mixed_checkpoint
 from runtime_tests.random_models import random_weight
-from runtime_tests.start_files import edit_section
+from runtime_tests.start_files import edit_section, edit_tensors
 from runtime_tests.tiny_llama import tiny_checkpoint
 
+DOWN = "model.layers.0.mlp.down_proj"
 K_GRID = QuantConfig.from_dict({"scale_grid": "q4_k", "zero_point": "float", "bits": 4, "group_size": 32})
 
 
@@ -153,7 +154,7 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
 
 
 def test_folders_that_no_model_can_be_made_of(tmp_path: Path) -> None:
-    """A GPTQ folder with a word for sym, of an unknown model type, or with an activation nobody knows."""
+    """A GPTQ folder of an unknown model type or activation, with a word for sym, or zero-points of other groups."""
     _, source = gptq_source(tmp_path)
     text = (source / "config.json").read_text()
     cases: dict[str, tuple[type[L4QError], str]] = {
@@ -171,6 +172,18 @@ def test_folders_that_no_model_can_be_made_of(tmp_path: Path) -> None:
     start = open_start(str(source))
     assert start is not None
     with pytest.raises(UsageError, match=rf"sym is neither true nor false\n  where: .*{UP}\n  got: 'yes'"):
+        start.values(UP)
+    edit_section(source, sym=False)
+    edit_tensors(source, lambda tensors: tensors.update({f"{DOWN}.scales": tensors[f"{DOWN}.scales"].reshape(-1)}))
+    start = open_start(str(source))
+    assert start is not None
+    with pytest.raises(UsageError, match=rf"the tensors of a quantized module do not fit together\n  where: .*{DOWN}"):
+        start.values(DOWN)
+    edit_tensors(source, lambda tensors: tensors.update({f"{UP}.qzeros": tensors[f"{UP}.qzeros"][:2].clone()}))
+    start = open_start(str(source))
+    assert start is not None
+    message = rf"zero-points and scales have different groups\n  where: .*{UP}\.qzeros\n  got: 2\n  expected: 3"
+    with pytest.raises(UsageError, match=message):
         start.values(UP)
 
 

@@ -163,7 +163,7 @@ def test_the_plan_says_where_the_graph_comes_from(llama: L4QCheckpoint) -> None:
     assert not any("torch.onnx" in note for note in plans["auto"].notes)
     assert any("transformers' LlamaForCausalLM by torch.onnx" in note for note in plans["exported"].notes)
     assert plans["auto"].tensors == plans["exported"].tensors
-    with pytest.raises(UsageError, match="does not divide"):
+    with pytest.raises(UsageError, match="the ONNX block size does not divide the group size"):
         onnx_exporter.plan(llama, ExportOptions(onnx_graph="exported", onnx_block_size=64))
 
 

@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
 
 def test_serve_check_needs_a_chat_template(glass_checkpoint: CheckpointMaker) -> None:
     """The oracle refuses before any server starts, and says where a template goes."""
-    with pytest.raises(UnsupportedError, match="no chat template") as raised:
+    with pytest.raises(UnsupportedError, match="the checkpoint has no chat template") as raised:
         expect(glass_checkpoint("none"), 4)
     assert "chat_template.jinja" in str(raised.value)
 

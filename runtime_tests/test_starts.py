@@ -283,7 +283,7 @@ def remove(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 UP = "model.layers.0.mlp.up_proj"
 DAMAGES: list[tuple[Callable[[Path], object], type[L4QError], str]] = [
     (lambda f: files.edit_tensors(f, lambda t: t[f"{UP}.g_idx"].add_(1)), UsageError, "g_idx does not give"),
-    (lambda f: files.edit_section(f, sym=True), UsageError, r"sym: true"),
+    (lambda f: files.edit_section(f, sym=True), UsageError, "the config says sym: true, but the zero-points"),
     (lambda f: files.edit_section(f, bits=5), UnsupportedError, "unsupported bits"),
     (lambda f: files.edit_section(f, checkpoint_format="marlin"), UnsupportedError, "checkpoint_format"),
     (lambda f: files.edit_section(f, quant_method="bitsandbytes"), UnsupportedError, "no reader"),

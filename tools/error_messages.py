@@ -18,8 +18,8 @@ ERRORS_MODULE = "l4q/errors.py"
 # A test's text names a message if it holds this many characters of it: less occurs by chance.
 LEAST = 8
 HOLE = "\0"
-FLAGS = re.compile(r"\(\?[aimsx]+\)")
-"""Flags at the start of a match= pattern."""
+FLAGS = re.compile(r"\(\?[aimsx]+[:)]")
+"""Flags of a match= pattern, or of a group in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,15 @@ def is_named(message: Message, texts: Iterable[str]) -> bool:
     return False
 
 
+def telling(texts: Iterable[str], found: Iterable[Message]) -> list[str]:
+    """The texts that tell messages apart: not those that are a piece of several, such as "cannot be read"."""
+    parts = {message.what: literal_parts(message.what) for message in found}
+    whole = {part for several in parts.values() for part in several}
+    return [text for text in texts if text in whole or sum(any(text in p for p in own) for own in parts.values()) < 2]
+
+
 def untested(root: Path = PROJECT) -> list[Message]:
     """The messages that no test names."""
-    texts = texts_of_tests(root)
-    return [message for message in messages(root) if not is_named(message, texts)]
+    found = messages(root)
+    texts = telling(texts_of_tests(root), found)
+    return [message for message in found if not is_named(message, texts)]

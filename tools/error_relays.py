@@ -100,6 +100,8 @@ def _relay(module: str, call: Call, kinds: Mapping[str, int], constants: dict[st
     given = {keyword.arg: keyword.value for keyword in call.node.keywords if keyword.arg}
 
     def own(field: str) -> str:
+        if call.relay and field not in given:
+            return str(getattr(call.relay, field))
         value = given.get(field)
         value = defaults.get(field) if isinstance(value, ast.Name) and value.id == field else value
         return " / ".join(texts_of(value, constants))
