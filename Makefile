@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 COUNT_PACKAGES = /^(Collecting|Processing|Requirement)/ { printf "\r    %d of %d", ++n, total; fflush() } \
   /^Installing/ { printf ", unpacking"; fflush() } END { print "" }
 
-.PHONY: help venv assets judges peers browser lint format test demo reproduce compatibility docs coverage mutation minimum reliability lock clean distclean
+.PHONY: help venv assets judges peers browser lint format test demo reproduce compatibility docs coverage mutation minimum fuzz reliability lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -109,6 +109,9 @@ mutation: venv ## mutants of the packers and the quantizer; make mutation MUTANT
 
 minimum: venv ## unit tests with the oldest versions that pyproject.toml admits
 	@$(BIN)/python -m tools.minimum
+
+fuzz: venv ## 100,000 damaged inputs for every parser, recorded for docs/reliability.md (hours)
+	@$(BIN)/python -m tools.fuzz --record
 
 reliability: venv ## put what the last test run injected into docs/reliability.md
 	@$(BIN)/python -m tools.reliability --write docs/reliability.md

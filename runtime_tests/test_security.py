@@ -246,7 +246,17 @@ def test_patterns_of_a_config_end(tmp_path: Path) -> None:
     assert matches_pattern(r".*\.(q|k|v)_proj", "model.layers.0.self_attn.q_proj", "here")
     assert not matches_pattern(r"model\.layers\.(1[0-9]|2[0-3])\..*", "model.layers.3.mlp", "here")
     assert matches_pattern("model[+-9][*-,]?", "model.", "here")  # ranges whose letters have the numbers of operators
-    for pattern in (r"(a+)+$", r"(a|aa)*b", r"(a?a?)*b", r"(.*)*x", r"((", "a" * 2000, ".*" * 5, 7):
+    for pattern in (
+        r"(a+)+$",
+        r"(a|aa)*b",
+        r"(a?a?)*b",
+        r"(.*)*x",
+        "(?!" + ".+" * 9 + "k)",
+        r"((",
+        "a" * 2000,
+        ".*" * 5,
+        7,
+    ):
         with pytest.raises(UsageError, match="a pattern of the quantization config is not used"):
             matches_pattern(pattern, "a" * 40, "here")
     with pytest.raises(UsageError, match="names of at most"):

@@ -47,8 +47,8 @@ def _unbounded(content: Any, *, inside: bool) -> int | None:
     found = 0
     for part in content if isinstance(content, (_parser.SubPattern, list, tuple)) else ():
         operator = part[0] if isinstance(part, tuple) and len(part) == 2 else None
-        if type(operator) is int:  # two letters of a range, [+-9]; an operator is a number by another name
-            continue
+        if type(operator) is int:  # the letters of a range, [+-9], equal operators, which are numbers of another type
+            operator = None
         if inside and operator in (*_REPEATS, _constants.BRANCH):  # (a+)+, (aa?)*, (a|aa)*: ways beyond number
             return None
         repeats = operator in _REPEATS and part[1][1] > 1
