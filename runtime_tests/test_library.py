@@ -57,13 +57,13 @@ def plan(checkpoint, options):
     numpy = RuntimeSupport(runtime="NumPy", loads=True)
     return ExportPlan(format="toy", tensors=tuple(tensors), runtimes=(numpy,))
 
-def write(checkpoint, plan, folder, options, on_tensor):
+def write(checkpoint, plan, folder, options, on_tensor, record):
     weights = {tensor.name: checkpoint.quantized(tensor.name).dequantize() for tensor in plan.tensors}
     SPOIL
     np.savez(folder / "model.npz", **weights)
 
-def read_back(folder):
-    yield from np.load(folder / "model.npz").items()
+def read_back(folder, only=None):
+    yield from ((name, value) for name, value in np.load(folder / "model.npz").items() if only is None or name in only)
 
 def usage():
     return "numpy.load it."

@@ -147,9 +147,9 @@ def test_models_that_do_not_load(glassllm_dir: Path, tmp_path: Path) -> None:
     data.write_text("some words to train on\n" * 200)
     options: dict[str, Any] = {"data": (data,), "out": tmp_path / "run", "steps": 1}
     shutil.copytree(glassllm_dir, tmp_path / "empty", ignore=lambda folder, names: ["model.safetensors"])
-    with pytest.raises(UsageError, match="the model cannot be loaded"):
+    with pytest.raises(UsageError, match="a weight file is missing"):
         load_model(TrainOptions(model=str(tmp_path / "empty"), **options))
-    (tmp_path / "odd").mkdir()
+    shutil.copytree(glassllm_dir, tmp_path / "odd")
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(UnsupportedError, match="transformers cannot load this as a causal language model"):
         load_model(TrainOptions(model=str(tmp_path / "odd"), **options))
