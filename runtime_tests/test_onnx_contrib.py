@@ -190,6 +190,15 @@ def test_a_head_size_the_operator_refuses_keeps_attention(tmp_path: Path) -> Non
     assert np.abs(difference).max() < TOLERANCE
 
 
+def test_several_tokens_behind_a_batch_s_cache_are_refused(tmp_path: Path) -> None:
+    """ONNX Runtime's operator says so instead of computing something else; the plain graph takes them."""
+    source = make_checkpoint(CASES["none-tied"], tmp_path / "checkpoint")
+    folder = export_onnx(source, tmp_path / "onnx", onnx_runtime_optimized=True)
+    assert answers(open_session(folder), "left", (9, 3)).shape == (20, 77)
+    with pytest.raises(Exception, match="batch_size must be 1 when sequence_length > 1 and past context is given"):
+        answers(saved_session(folder / OPTIMIZED_NAME), "left", (9, 3))
+
+
 def test_missing_data_of_the_saved_graph_is_an_error(tmp_path: Path) -> None:
     """Merging a graph whose data is gone names the file."""
     source = make_checkpoint(CASES["none-tied"], tmp_path / "checkpoint")
