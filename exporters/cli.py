@@ -78,7 +78,7 @@ class ExportCommand(CommandLine):
 )
 @click.option(
     "--onnx-runtime-optimized", is_flag=True,
-    help="Also save the graph as the installed ONNX Runtime optimizes it: loads faster, for that release only.",
+    help="Also save the graph in the installed ONNX Runtime's operators: loads and decodes faster, only for it.",
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,

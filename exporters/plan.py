@@ -125,7 +125,7 @@ class ExportOptions:
     onnx_accuracy_level: int = 0
     """ONNX Runtime's MatMulNBits accuracy level recorded in the folder: 0 float32, 4 int8 activations."""
     onnx_runtime_optimized: bool = False
-    """Also write the graph as the installed ONNX Runtime optimizes it: loads faster, belongs to that release."""
+    """Also write the graph in the installed ONNX Runtime's operators: loads and decodes faster, only for it."""
     dtype: DenseDtype = "float16"
     """Dense tensors and serving dtype of GPTQ, AWQ and compressed-tensors."""
     max_shard_bytes: int = MAX_SHARD_BYTES

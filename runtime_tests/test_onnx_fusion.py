@@ -38,6 +38,8 @@ SIZES = {
 }
 TOLERANCE = 4e-4
 """Logits of order 5 here; measured 8e-5."""
+LEVEL_TOLERANCE = 2e-4
+"""Between the plain and the saved graph at one level; measured 6e-6. The levels are 0.5 apart."""
 
 Checkpoints = Callable[[str], L4QCheckpoint]
 
@@ -170,21 +172,21 @@ def level_4_logits(path: Path) -> np.ndarray:
     return logits
 
 
-def test_the_saved_graph_gives_equal_results(optimized: Path) -> None:
-    """Level 4 logits of the optimized graph are the plain file's to the last bit, whatever level a session asks for."""
+def test_the_saved_graph_has_its_level(optimized: Path) -> None:
+    """The optimized graph computes at level 4, for which it was made, whatever level a session asks for."""
     plain = level_4_logits(optimized / "model.onnx")
-    assert np.array_equal(level_4_logits(optimized / OPTIMIZED_NAME), plain)
+    assert distance(level_4_logits(optimized / OPTIMIZED_NAME)[0], plain[0]) < LEVEL_TOLERANCE
     fixed = Engine(str(optimized / OPTIMIZED_NAME), threads=1, accuracy_level=0)
     asked = Engine(str(optimized / "model.onnx"), threads=1, accuracy_level=0)
     rounded = Engine(str(optimized / "model.onnx"), threads=1, accuracy_level=4)
     results = [engine.prompt_logprobs(IDS) for engine in (fixed, asked, rounded)]
-    assert np.array_equal(results[0], results[2])
-    assert not np.array_equal(results[0], results[1])
+    assert np.abs(results[0] - results[2]).max() < LEVEL_TOLERANCE
+    assert np.abs(results[0] - results[1]).max() > 4 * LEVEL_TOLERANCE
 
 
 def test_a_damaged_saved_graph_is_noticed(optimized: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """One flipped code in the saved graph's data changes its logits."""
-    plain = level_4_logits(optimized / "model.onnx")
+    whole = level_4_logits(optimized / OPTIMIZED_NAME)
     model = onnx.load(optimized / OPTIMIZED_NAME, load_external_data=False)
     (kernel, *_) = (node for node in model.graph.node if node.op_type == "MatMulNBits")
     (codes,) = (tensor for tensor in model.graph.initializer if tensor.name == kernel.input[1])
@@ -193,7 +195,7 @@ def test_a_damaged_saved_graph_is_noticed(optimized: Path, checkpoints: Checkpoi
     data[int(place["offset"]) + 5] ^= 0x88
     (tmp_path / OPTIMIZED_NAME).write_bytes((optimized / OPTIMIZED_NAME).read_bytes())
     (tmp_path / OPTIMIZED_DATA).write_bytes(data)
-    assert not np.array_equal(level_4_logits(tmp_path / OPTIMIZED_NAME), plain)
+    assert not np.array_equal(level_4_logits(tmp_path / OPTIMIZED_NAME), whole)
 
 
 def test_the_saved_graph_says_whom_it_belongs_to(optimized: Path, checkpoints: Checkpoints) -> None:
@@ -208,21 +210,21 @@ def test_the_saved_graph_says_whom_it_belongs_to(optimized: Path, checkpoints: C
     assert {node.domain for node in plain.graph.node} == {""}
     saved = onnx.load(optimized / OPTIMIZED_NAME, load_external_data=False)
     kernels = [node for node in saved.graph.node if node.op_type == "MatMulNBits"]
-    assert len(kernels) == len(checkpoints("float").modules)
+    assert len(kernels) == 4  # q, k and v are one, gate and up are one
     assert {a.i for node in kernels for a in node.attribute if a.name == "accuracy_level"} == {4}
     # Float zero-points add one small product over group sums to each linear; the head is the last.
     small = [node for node in saved.graph.node if node.op_type == "MatMul"]
-    assert len(small) == len(kernels) + 1
+    assert len(small) == len(checkpoints("float").modules) + 1
 
 
 def test_an_unfused_graph_is_not_saved(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The count that guards the saved graph refuses the layout with a Transpose, and one kernel too few."""
     folder = export_onnx(checkpoints("none"), tmp_path / "onnx", onnx_runtime_optimized=True)
     saved = onnx.load(folder / OPTIMIZED_NAME, load_external_data=False)
-    check_fused(saved, 7)
+    check_fused(saved, 4)
     with pytest.raises(
         VerificationError,
-        match=r"(?s)ONNX Runtime did not fuse every quantized linear.*7 MatMulNBits, 0 Deq.*expected: 8 MatMulNBits",
+        match=r"(?s)ONNX Runtime did not fuse every quantized linear.*4 MatMulNBits, 0 Deq.*expected: 8 MatMulNBits",
     ):
         check_fused(saved, 8)
     turn_weights(folder)

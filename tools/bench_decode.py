@@ -10,8 +10,8 @@ worst pair.
 
 - llama.cpp: own is Q4_0 by its quantizer, with the same Q8_0 embeddings and head; also its Q4_K_M.
 - ONNX Runtime: own is onnxruntime-genai's int4 build, blocks of the same size and the same float32 head, at accuracy
-  level 4 like ours; the 16-bit side is its float32 build, because the CPU provider has no 16-bit kernels. All run in
-  onnxruntime-genai.
+  level 4 like ours, which is the graph of --onnx-runtime-optimized; the 16-bit side is its float32 build, because the
+  CPU provider has no 16-bit kernels. All run in onnxruntime-genai.
 - vLLM: own is GPTQModel's packing of the same integers; the 16-bit model runs in float16 and in bfloat16.
 
 SmolLM2 is the real one rounded to nearest; the others have random codes, which take the same time.
@@ -99,10 +99,11 @@ RUNTIMES: Mapping[str, tuple[Build, ...]] = {
         _llama("Q4_K_M", "other", builds.gguf_by_llama_cpp(builds.gguf_q4_k_m)),
     ),
     "onnxruntime": (
-        _genai("l4q, level 4", "ours", builds.ours("onnx", onnx_accuracy_level=4)),
+        _genai("l4q, level 4", "ours", builds.ours("onnx", onnx_accuracy_level=4, onnx_runtime_optimized=True)),
         _genai("int4 build, head float32", "own", builds.by_genai_builder("int4", *LEVEL_4, KEEP_HEAD)),
         _genai("fp32 build", "16-bit", builds.by_genai_builder("fp32")),
-        _genai("l4q, level 0", "other", builds.ours("onnx")),
+        _genai("l4q, level 4, standard graph", "other", builds.ours("onnx", onnx_accuracy_level=4)),
+        _genai("l4q, level 0", "other", builds.ours("onnx", onnx_runtime_optimized=True)),
         _genai("int4 build, head int4", "other", builds.by_genai_builder("int4", *LEVEL_4)),
     ),
     "vllm": (

@@ -12,11 +12,15 @@ CONFIG_NAME = "genai_config.json"
 
 
 def genai_config(
-    checkpoint: L4QCheckpoint, spec: DecoderSizes, *, filename: str, session_options: dict[str, str]
+    checkpoint: L4QCheckpoint,
+    spec: DecoderSizes,
+    *,
+    filename: str,
+    session_options: dict[str, str],
+    shares_buffer: bool,
 ) -> dict[str, Any]:
     """onnxruntime-genai's description of the folder (https://onnxruntime.ai/docs/genai/reference/config.html).
 
-    `past_present_share_buffer` must be false: the Attention operator returns the grown cache instead of updating one.
     `type` "llama" is its plain decoder-only loop, with the names of inputs and outputs given below; what differs
     between architectures is inside the graph.
 
@@ -25,6 +29,8 @@ def genai_config(
         spec: The model's sizes.
         filename: The graph's file, relative to the folder.
         session_options: ONNX Runtime's, for example the accuracy level.
+        shares_buffer: The graph updates one cache of `max_length` columns. False for the Attention operator, which
+            returns a grown one.
     """
     return {
         "model": {
@@ -53,7 +59,7 @@ def genai_config(
                 "session_options": {"provider_options": [], **session_options},
             },
         },
-        "search": {"do_sample": False, "max_length": spec.context_length, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": spec.context_length, "past_present_share_buffer": shares_buffer},
     }
 
 

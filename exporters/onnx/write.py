@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
+from exporters.onnx.contrib import GRAPH_KEY
 from exporters.onnx.genai import CONFIG_NAME, genai_config
-from exporters.onnx.optimized import ACCURACY_OPTION, write_optimized
+from exporters.onnx.optimized import ACCURACY_OPTION, OPTIMIZED_NAME, write_optimized
 from exporters.onnx.source import choose_source
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
 from l4q.checkpoint import L4QCheckpoint
@@ -19,8 +20,6 @@ MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 ACCURACY_KEY = "l4q.accuracy_level"
 """Key of model.onnx's metadata that records the chosen accuracy level."""
-GRAPH_KEY = "l4q.graph"
-"""Key that records where the graph came from: "built" or "exported"."""
 INLINE_BYTES = 256
 """Smaller tensors stay in model.onnx, where shape inference needs them."""
 PAGE_BYTES = 4096
@@ -54,12 +53,14 @@ def write(
         for name in (MODEL_NAME, DATA_NAME):
             sync_file(folder / name)
             record.add(folder / name)
+    name, shared = MODEL_NAME, False
     if options.onnx_runtime_optimized:
-        write_optimized(folder, options.onnx_accuracy_level, len(checkpoint.modules))
+        name = OPTIMIZED_NAME
+        shared = write_optimized(folder, options.onnx_accuracy_level, len(checkpoint.modules))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     write_json(folder / "config.json", {**config, "dtype": "float32"})
     level = {ACCURACY_OPTION: str(options.onnx_accuracy_level)}
-    described = genai_config(checkpoint, source.sizes, filename=MODEL_NAME, session_options=level)
+    described = genai_config(checkpoint, source.sizes, filename=name, session_options=level, shares_buffer=shared)
     write_json(folder / CONFIG_NAME, described)
     copy_side_files(checkpoint, folder)
 
