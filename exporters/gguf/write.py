@@ -25,8 +25,8 @@ from l4q.errors import UnsupportedError, UsageError
 
 Data = npt.NDArray[np.generic]
 
-PIECE_BYTES = 32 << 20
-"""Stored bytes of a dense tensor that are converted at a time."""
+PIECE_BYTES = 4 << 20
+"""Stored bytes of a dense tensor that are converted at a time: few, so that caches and the allocator keep them."""
 
 
 def write(
