@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ import gguf
 from exporters.gguf.metadata import MetadataValue
 from l4q.errors import UsageError
 from l4q.guards import foreign
-from l4q.json_files import TOKENIZER_BYTES, check_json_files, read_object
+from l4q.json_files import TOKENIZER_BYTES, check_json_files, file_stamp, read_object
 
 Json = dict[str, Any]
 
@@ -75,10 +76,16 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         return _ids_only("no tokenizer.json in the checkpoint")
     with foreign("the tokenizer cannot be read", where=path, remedy="copy the tokenizer files again"):
         check_json_files(tuple(folder / name for name in SETTINGS if (folder / name).exists()))
-        return _read_vocabulary(folder, path, vocab_size)
+        # SpecialVocab reads templates and merges too: any file of the folder that changes makes it read again.
+        files = sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")])
+        return _read_vocabulary(folder, path, vocab_size, tuple((file.name, *file_stamp(file)) for file in files))
 
 
-def _read_vocabulary(folder: Path, path: Path, vocab_size: int) -> Vocabulary:
+@lru_cache(maxsize=1)
+def _read_vocabulary(
+    folder: Path, path: Path, vocab_size: int, stamps: tuple[tuple[str | int, ...], ...]
+) -> Vocabulary:
+    """Kept from planning to writing, as long as the files' stamps are the same."""
     tokenizer = _read_json(path)
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
