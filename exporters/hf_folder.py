@@ -62,7 +62,14 @@ def write_tensors(
     quantized = frozenset(checkpoint.modules)
     layouts = plan_shards(_units(checkpoint, plan, packing), options.max_shard_bytes)
     finished = {layout.file_name for layout in layouts if record.finished(layout.file_name)}
-    write_shards(folder, layouts, produce, finished=lambda layout: layout.file_name in finished, on_shard=record.add)
+    write_shards(
+        folder,
+        layouts,
+        produce,
+        finished=lambda layout: layout.file_name in finished,
+        follow=record.follow,
+        on_shard=record.add,
+    )
 
 
 def _units(checkpoint: L4QCheckpoint, plan: ExportPlan, packing: ModulePacking) -> Iterator[Unit]:
