@@ -9,6 +9,7 @@ SmolLM2 tokenizer with and without its digit splitter has the same hash and diff
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,16 +77,13 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         return _ids_only("no tokenizer.json in the checkpoint")
     with foreign("the tokenizer cannot be read", where=path, remedy="copy the tokenizer files again"):
         check_json_files(tuple(folder / name for name in SETTINGS if (folder / name).exists()))
-        # SpecialVocab reads templates and merges too: any file of the folder that changes makes it read again.
         files = sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")])
         return _read_vocabulary(folder, path, vocab_size, tuple((file.name, *file_stamp(file)) for file in files))
 
 
 @lru_cache(maxsize=1)
-def _read_vocabulary(
-    folder: Path, path: Path, vocab_size: int, stamps: tuple[tuple[str | int, ...], ...]
-) -> Vocabulary:
-    """Kept from planning to writing, as long as the files' stamps are the same."""
+def _read_vocabulary(folder: Path, path: Path, vocab_size: int, stamps: tuple[Hashable, ...]) -> Vocabulary:
+    """Kept from planning to writing while no file of the folder changes: SpecialVocab reads merges and templates too."""
     tokenizer = _read_json(path)
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
