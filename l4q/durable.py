@@ -65,7 +65,7 @@ def sync_file(path: Path) -> None:
 
 
 def start_writeback(descriptor: int, start: int, length: int) -> None:
-    """Let the system begin to write a range of a file to the disk, without waiting; nothing where it cannot (Linux can).
+    """Let the system begin to write a range of a file to the disk, without waiting, where it can (Linux).
 
     It promises nothing: `sync_file` still has to wait for the rest.
     """

@@ -2,8 +2,8 @@
 
 One JSON object per line. The first says which work the files belong to; a file follows once it is complete and on the
 disk; {"written": true} says that none is missing. A line that a killed process left unfinished does not count, and a
-file counts only if it still has the recorded size and hash. Hashing runs in a thread beside the work, and of a file that
-is followed while it is being written.
+file counts only if it still has the recorded size and hash. Hashing runs in a thread beside the work; a file that is
+followed is hashed while it is being written.
 """
 
 from __future__ import annotations
