@@ -83,7 +83,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
 @lru_cache(maxsize=1)
 def _read_vocabulary(folder: Path, path: Path, vocab_size: int, stamps: tuple[Hashable, ...]) -> Vocabulary:
-    """Kept from planning to writing while no file of the folder changes: SpecialVocab reads merges and templates too."""
+    """Kept from plan to writing while no file of the folder changes; SpecialVocab reads merges and templates too."""
     tokenizer = _read_json(path)
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
