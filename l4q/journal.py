@@ -38,7 +38,7 @@ class Journal:
     def open(cls, folder: Path, identity: Callable[[], Mapping[str, str]]) -> Journal:
         """Go on with a stage's journal if it is of the same work, else begin anew.
 
-        Files that the journal does not vouch for are deleted.
+        Files that the journal does not vouch for are deleted, and folders that hold nothing then.
 
         Args:
             folder: The stage.
@@ -53,6 +53,7 @@ class Journal:
         for name, path in _all_files(folder).items():
             if name not in table:
                 path.unlink()
+        _remove_empty(folder)
         journal = cls(folder, table, written=written)
         if table:
             journal._rewrite(recorded[0])
@@ -149,6 +150,13 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folders below that hold no file: libraries put a file in the making into one of their own."""
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
