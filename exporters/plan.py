@@ -165,6 +165,9 @@ class FileRecord(Protocol):
     def finished(self, name: str) -> bool:
         """Whether this file is complete already."""
 
+    def follow(self, part: Path, name: str) -> Callable[[int], None]:
+        """Hash a file while it is being written: call the result with the end of what will not change any more."""
+
     def add(self, path: Path) -> None:
         """Note a complete file that is on the disk."""
 
@@ -175,6 +178,10 @@ class _NothingDone:
     def finished(self, name: str) -> bool:
         """No file is."""
         return False
+
+    def follow(self, part: Path, name: str) -> Callable[[int], None]:
+        """Nobody asks for the hash."""
+        return lambda end: None
 
     def add(self, path: Path) -> None:
         """Nobody asks."""

@@ -17,7 +17,7 @@ from l4q.weight import U8
 
 U32 = npt.NDArray[np.uint32]
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 4 << 20
 """Bytes of a result that are in memory at a time."""
 _STRIP = 16
 """Rows that are transposed at a time: a cache line of uint32, the fastest by measurement."""

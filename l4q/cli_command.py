@@ -131,8 +131,8 @@ def shared_options() -> list[click.Option]:
     file = click.Path(path_type=Path, dir_okay=False, exists=True)
     return [
         click.Option(
-            ["--config", "config_file"], type=file, expose_value=False, is_eager=True, callback=_use_config, metavar="FILE",
-            help="YAML or TOML file with values for any of these options; the command line wins.",
+            ["--config", "config_file"], type=file, expose_value=False, is_eager=True, callback=_use_config,
+            metavar="FILE", help="YAML or TOML file with values for any of these options; the command line wins.",
         ),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON, and nothing else on stdout."),
         click.Option(

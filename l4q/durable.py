@@ -28,6 +28,7 @@ _REMEDIES = {
 _ALWAYS_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)  # some network and FUSE file systems
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_RANGE_WRITE = 2  # SYNC_FILE_RANGE_WRITE
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -61,6 +62,16 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def start_writeback(descriptor: int, start: int, length: int) -> None:
+    """Let the system begin to write a range of a file to the disk, without waiting, where it can (Linux).
+
+    It promises nothing: `sync_file` still has to wait for the rest.
+    """
+    function = _sync_file_range()
+    if function is not None:
+        function(descriptor, start, length, _RANGE_WRITE)
 
 
 def sync_folder(path: Path) -> None:
@@ -148,6 +159,17 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+@cache
+def _sync_file_range() -> Any:
+    """The C library's sync_file_range (Linux), or None."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
 
 
 @cache

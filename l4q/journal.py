@@ -2,7 +2,8 @@
 
 One JSON object per line. The first says which work the files belong to; a file follows once it is complete and on the
 disk; {"written": true} says that none is missing. A line that a killed process left unfinished does not count, and a
-file counts only if it still has the recorded size and hash. Hashing runs in a thread beside the work.
+file counts only if it still has the recorded size and hash. Hashing runs in a thread beside the work; a file that is
+followed is hashed while it is being written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from l4q.durable import sync_folder
 from l4q.file_table import FileFacts, FileTable, file_facts, list_files, read_table
+from l4q.prefix_hash import PrefixHash
 
 JOURNAL_NAME = ".l4q_journal.jsonl"
 
@@ -30,12 +32,13 @@ class Journal:
         self._written = written
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="l4q-journal")
         self._tasks: list[Future[None]] = []
+        self._followed: dict[str, PrefixHash] = {}
 
     @classmethod
     def open(cls, folder: Path, identity: Callable[[], Mapping[str, str]]) -> Journal:
         """Go on with a stage's journal if it is of the same work, else begin anew.
 
-        Files that the journal does not vouch for are deleted.
+        Files that the journal does not vouch for are deleted, and folders that hold nothing then.
 
         Args:
             folder: The stage.
@@ -50,6 +53,7 @@ class Journal:
         for name, path in _all_files(folder).items():
             if name not in table:
                 path.unlink()
+        _remove_empty(folder)
         journal = cls(folder, table, written=written)
         if table:
             journal._rewrite(recorded[0])
@@ -65,6 +69,21 @@ class Journal:
     def finished(self, name: str) -> bool:
         """Whether an earlier process had completed this file."""
         return name in self._table
+
+    def follow(self, part: Path, name: str) -> Callable[[int], None]:
+        """Hash a file while it is being written.
+
+        Args:
+            part: The file, which exists.
+            name: The name under which it will be added.
+
+        Returns:
+            To be called with the end of what is written and will not change any more, as often as one likes.
+        """
+        if name in self._followed:
+            self._followed[name].close()
+        self._followed[name] = PrefixHash(part, self._submit)
+        return self._followed[name].advance
 
     def add(self, path: Path) -> None:
         """Record a complete file that is on the disk; the file must not change afterwards."""
@@ -94,13 +113,16 @@ class Journal:
     def stop(self) -> None:
         """Let the thread end; safe to call again."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for followed in self._followed.values():
+            followed.close()
 
     def _submit(self, task: Callable[[], None]) -> None:
         self._tasks.append(self._pool.submit(task))
 
     def _record(self, path: Path) -> None:
         name = path.name
-        self._table[name] = file_facts(path)
+        followed = self._followed.get(name)
+        self._table[name] = file_facts(path) if followed is None else followed.facts()
         self._append({"name": name, **self._table[name]})
 
     def _record_rest(self, folder: Path) -> None:
@@ -128,6 +150,13 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folders below that hold no file: libraries put a file in the making into one of their own."""
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,23 @@ def check_json_files(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     """
     for path in paths:
         if path.suffix == ".json":
-            read_object(path, path.name, most_bytes=TOKENIZER_BYTES, remedy="copy the tokenizer files again")
+            _check_object(path, file_stamp(path))
     return paths
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file does, so that what was read of it can be kept: place, size and times; () if missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=64)
+def _check_object(path: Path, stamp: tuple[int, ...]) -> None:
+    """Check a file once as long as its stamp is the same; what fails is not kept."""
+    read_object(path, path.name, most_bytes=TOKENIZER_BYTES, remedy="copy the tokenizer files again")
 
 
 def parse_json(text: bytes | str, what: str, *, where: object, remedy: str | None = None) -> Any:

@@ -36,6 +36,8 @@ class TensorSpec:
     dtype: str
     """safetensors' word: a key of `DTYPE_BYTES`."""
     shape: tuple[int, ...]
+    constant: bytes = b""
+    """Its data, if that is known now; the tensor is not produced then."""
 
     @property
     def nbytes(self) -> int:

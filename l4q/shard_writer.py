@@ -32,6 +32,7 @@ def write_shards(
     produce: Producer,
     *,
     finished: Callable[[ShardLayout], bool] = lambda layout: False,
+    follow: Callable[[Path, str], Callable[[int], None]] = lambda part, name: lambda end: None,
     on_shard: Callable[[Path], None] = lambda path: None,
 ) -> None:
     """Write the planned files and, if there are several, their index.
@@ -41,8 +42,9 @@ def write_shards(
     Args:
         folder: An existing folder.
         layouts: From `plan_shards`.
-        produce: Called once per unit, in the planned order.
+        produce: Called once per unit: shard after shard, in the order in which the shard's file holds the units.
         finished: Whether an earlier call has completed a shard already; its units are not produced again.
+        follow: Called with the file in the making and its final name; what it returns is told how much is final.
         on_shard: Called with the path of every shard this call has completed.
 
     Raises:
@@ -51,41 +53,86 @@ def write_shards(
     layouts = tuple(layouts)
     for layout in layouts:
         if not finished(layout):
-            on_shard(_write_shard(folder, layout, produce))
+            on_shard(_write_shard(folder, layout, produce, follow))
     if len(layouts) > 1:
         (folder / INDEX).write_text(index_json(layouts), encoding="utf-8")
 
 
-def _write_shard(folder: Path, layout: ShardLayout, produce: Producer) -> Path:
+def _write_shard(
+    folder: Path, layout: ShardLayout, produce: Producer, follow: Callable[[Path, str], Callable[[int], None]]
+) -> Path:
     part, final = folder / f".{layout.file_name}.part", folder / layout.file_name
     with open(part, "wb", buffering=0) as file:
-        write_at(file.fileno(), np.frombuffer(layout.header, dtype=np.uint8), 0)
-        for unit in layout.units:
-            _write_unit(file.fileno(), layout, unit, produce(unit.name))
+        shard = _ShardFile(file.fileno(), layout, follow(part, layout.file_name))
+        for tensor in layout.tensors:
+            if tensor.constant:
+                shard.put(tensor, np.frombuffer(tensor.constant, dtype=np.uint8))
+        for unit in sorted(layout.units, key=lambda unit: _first_place(layout, unit)):
+            _write_unit(shard, unit, produce(unit.name))
         os.fsync(file.fileno())
     part.rename(final)
     return final
 
 
-def _write_unit(
-    file: int, layout: ShardLayout, unit: Unit, pieces: Iterable[tuple[str, npt.NDArray[Any] | torch.Tensor]]
-) -> None:
+def _first_place(layout: ShardLayout, unit: Unit) -> int:
+    """Where the file holds the first of a unit's tensors that must be produced."""
+    return min((layout.offsets[tensor.name] for tensor in unit.tensors if not tensor.constant), default=0)
+
+
+class _ShardFile:
+    """A file that is filled in any order, and how far from its beginning it is final."""
+
+    def __init__(self, file: int, layout: ShardLayout, advance: Callable[[int], None]) -> None:
+        self._file = file
+        self._layout = layout
+        self._advance = advance
+        self._written = dict.fromkeys(layout.offsets, 0)
+        self._whole = 0
+        write_at(file, np.frombuffer(layout.header, dtype=np.uint8), 0)
+
+    def put(self, tensor: TensorSpec, data: npt.NDArray[np.uint8]) -> None:
+        """Write a piece where its tensor's last piece ended.
+
+        Raises:
+            UsageError: The tensor is larger than planned.
+        """
+        written = self._written[tensor.name]
+        if written + data.nbytes > tensor.nbytes:
+            raise _wrong_size(tensor, written + data.nbytes)
+        write_at(self._file, data, self._layout.offsets[tensor.name] + written)
+        self._written[tensor.name] += data.nbytes
+        self._advance(self._final())
+
+    def require_whole(self, tensor: TensorSpec) -> None:
+        """Check that all of a tensor is written.
+
+        Raises:
+            UsageError: It is not.
+        """
+        if self._written[tensor.name] != tensor.nbytes:
+            raise _wrong_size(tensor, self._written[tensor.name])
+
+    def _final(self) -> int:
+        """The end of what is written without a gap."""
+        tensors = self._layout.tensors
+        while self._whole < len(tensors) and self._written[tensors[self._whole].name] == tensors[self._whole].nbytes:
+            self._whole += 1
+        if self._whole == len(tensors):
+            return self._layout.nbytes
+        return self._layout.offsets[tensors[self._whole].name] + self._written[tensors[self._whole].name]
+
+
+def _write_unit(shard: _ShardFile, unit: Unit, pieces: Iterable[tuple[str, npt.NDArray[Any] | torch.Tensor]]) -> None:
     """Put every piece where its tensor's last piece ended."""
     planned = {tensor.name: tensor for tensor in unit.tensors}
-    written = dict.fromkeys(planned, 0)
     for name, values in pieces:
         if name not in planned:
             raise UsageError("a tensor is not in the plan", where=unit.name, got=name, expected=sorted(planned))
         if dtype_word(values) != planned[name].dtype:
             raise UsageError("not the planned dtype", where=name, got=dtype_word(values), expected=planned[name].dtype)
-        data = as_bytes(values)
-        if written[name] + data.nbytes > planned[name].nbytes:
-            raise _wrong_size(planned[name], written[name] + data.nbytes)
-        write_at(file, data, layout.offsets[name] + written[name])
-        written[name] += data.nbytes
-    for name, tensor in planned.items():
-        if written[name] != tensor.nbytes:
-            raise _wrong_size(tensor, written[name])
+        shard.put(planned[name], as_bytes(values))
+    for tensor in unit.tensors:
+        shard.require_whole(tensor)
 
 
 class ShardWriter:

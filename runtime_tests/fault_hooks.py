@@ -138,7 +138,8 @@ def _refuse(number: int) -> Callable[[Path, str], None]:
 
 
 def _vanish(root: Path, call: str) -> None:
-    shutil.rmtree(root)
+    while root.exists():  # a thread of the process may be putting a file there
+        shutil.rmtree(root, ignore_errors=True)
 
 
 ACTIONS: dict[str, Callable[[Path, str], None]] = {

@@ -262,6 +262,8 @@ def test_torn_journal_is_not_believed(tmp_path: Path) -> None:
     writing.stop()
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1], lines[2][:-5]]))
+    (tmp_path / ".b.making" / "deeper").mkdir(parents=True)
     torn = reopened("one")
     assert (torn.finished("a"), torn.finished("b")) == (True, False)
+    assert tree(tmp_path).keys() == {"a", JOURNAL_NAME}
     assert not reopened("two").finished("a")

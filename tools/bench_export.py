@@ -1,15 +1,16 @@
 """Cost of an export: python -m tools.bench_export [--model smollm2|llama-1b|llama-7b] [--quick].
 
 An L4Q checkpoint of the model's exact shapes with random codes is exported to every format. Per format: MB/s of output,
-wall time against `cp -r` of the same folder on the same disk, peak memory above interpreter and imports, and how much
-longer other people's code takes for the same linears. Everything takes turns within one run, and medians over the
-repetitions are reported. The last line of stdout is one JSON object, per format {"wall_vs_cp", "peak_mib",
+wall time against `cp -r` and fsync of the same folder on the same disk, peak memory above interpreter and imports, and
+how much longer other people's code takes for the same linears. Everything takes turns within one run, and medians over
+the repetitions are reported. The last line of stdout is one JSON object, per format {"wall_vs_cp", "peak_mib",
 "speedup_vs": {peer: ratio}}.
 
 How it is measured. Each format and each peer has a process that first exports a tiny model, so that imports and
-compiled code are there. Neither side waits for the disk: as after `cp`, bytes may still be in the page cache when the
-clock stops; the table's "synced" column adds the fsync of every file, to both alike. The checkpoint was just written
-and is in the page cache, as are the bytes that `cp` reads. peak_mib is the rise of the largest resident size (VmHWM),
+compiled code are there. Equals are compared: an export ends when every file and folder is on the disk, so wall_vs_cp
+divides its wall time by that of `cp -r` and the fsync of every copied file; `cp` alone, whose bytes may still be in the
+page cache when it ends, has a column of its own. The checkpoint was just written and is in the page cache, as are the
+bytes that `cp` reads. peak_mib is the rise of the largest resident size (VmHWM),
 pages of mapped files included; "private" leaves those out. Both are of exports without the final verification, which is
 reported beside them. Peers start from float weights in memory and write the linears of the first --peer-layers layers
 only; their time is scaled by the number of weights, and the time of ours, which reads, packs and writes the whole

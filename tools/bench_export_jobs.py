@@ -31,9 +31,7 @@ class ExportCost:
     """One export."""
 
     seconds: float
-    """Until the call returned; the bytes may still be in the page cache, as after `cp`."""
-    synced_seconds: float
-    """Until they were on the disk as well (fsync of every file)."""
+    """Until the call returned: every file is on the disk then."""
     nbytes: int
     """Bytes of all files."""
     peak: int
@@ -112,7 +110,6 @@ def export_once(checkpoint: Path, name: str, out: Path, *, check: bool) -> Expor
     peak = peak_resident_bytes()
     return ExportCost(
         seconds=seconds,
-        synced_seconds=seconds + sync(out),
         nbytes=folder_bytes(out),
         peak=peak - before,
         private=private[0] - before_private,

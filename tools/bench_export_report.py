@@ -20,8 +20,8 @@ EXPORT_COLUMNS = (
     "MB/s",
     "export s",
     "cp s",
-    "export / cp",
-    "both synced",
+    "cp synced s",
+    "export / cp synced",
     "peak MiB",
     "private MiB",
     "verified s",
@@ -45,7 +45,7 @@ class FormatCosts:
 def summary(costs: FormatCosts, model: BenchModel) -> dict[str, Any]:
     """One format's entry of the last line."""
     seconds = statistics.median(cost.seconds for cost in costs.exports)
-    copied = statistics.median(plain for plain, _ in costs.copies)
+    copied = statistics.median(synced for _, synced in costs.copies)
     peak = max(cost.peak for cost in costs.exports)
     speedups = {}
     for name, runs in costs.peers.items():
@@ -55,21 +55,20 @@ def summary(costs: FormatCosts, model: BenchModel) -> dict[str, Any]:
 
 
 def export_table(costs: dict[str, FormatCosts]) -> list[str]:
-    """Our exports against `cp`, as lines of Markdown: medians, and in brackets least and greatest."""
+    """Our exports against `cp` and fsync, as lines of Markdown: medians, and in brackets least and greatest."""
     lines = table_head(EXPORT_COLUMNS)
     for label, found in costs.items():
         exports, size = found.exports, found.exports[0].nbytes
         seconds = statistics.median(cost.seconds for cost in exports)
-        synced = statistics.median(cost.synced_seconds for cost in exports)
-        plain, plain_synced = (statistics.median(values) for values in zip(*found.copies, strict=True))
+        synced = [value for _, value in found.copies]
         cells = [
             label,
             f"{size / 1e6:,.1f}",
             f"{size / 1e6 / seconds:,.0f}",
             spread([cost.seconds for cost in exports]),
             spread([value for value, _ in found.copies]),
-            f"{seconds / plain:.2f}",
-            f"{synced / plain_synced:.2f}",
+            spread(synced),
+            f"{seconds / statistics.median(synced):.2f}",
             f"{max(cost.peak for cost in exports) / MIB:,.0f}",
             f"{max(cost.private for cost in exports) / MIB:,.0f}",
             spread([cost.seconds for cost in found.verified]) if found.verified else "",

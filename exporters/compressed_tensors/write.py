@@ -58,19 +58,19 @@ class Packing:
         found: dict[str, tuple[str, tuple[int, ...]]] = {
             "weight_packed": ("I32", (rows, word_count(columns, self.width))),
             "weight_scale": ("F16", (rows, groups)),
-            "weight_shape": ("I64", (2,)),
         }
         if module not in self.symmetric:
             found["weight_zero_point"] = ("I32", (word_count(rows, self.width), groups))
-        return tuple(
-            TensorSpec(name=f"{module}.{part}", dtype=dtype, shape=shape) for part, (dtype, shape) in found.items()
+        size = np.array([rows, columns], dtype="<i8").tobytes()
+        return (
+            *(TensorSpec(name=f"{module}.{part}", dtype=dtype, shape=shape) for part, (dtype, shape) in found.items()),
+            TensorSpec(name=f"{module}.weight_shape", dtype="I64", shape=(2,), constant=size),
         )
 
     def pack(self, module: str, weight: PackedWeight) -> Arrays:
-        """Their values. A checkpoint's rows of bits are weight_packed's words already (pack.py)."""
+        """Their values, but the constant's. A checkpoint's rows of bits are weight_packed's words already (pack.py)."""
         wide = widen_packed(weight, self.width)
         yield f"{module}.weight_packed", as_words(wide.packed).view(np.int32)
         yield f"{module}.weight_scale", wide.scales
-        yield f"{module}.weight_shape", np.array(wide.shape, dtype=np.int64)
         if module not in self.symmetric:
             yield f"{module}.weight_zero_point", pack_zeros(wide.integer_zeros(), self.width)

@@ -9,7 +9,9 @@ SmolLM2 tokenizer with and without its digit splitter has the same hash and diff
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +20,7 @@ import gguf
 from exporters.gguf.metadata import MetadataValue
 from l4q.errors import UsageError
 from l4q.guards import foreign
-from l4q.json_files import TOKENIZER_BYTES, check_json_files, read_object
+from l4q.json_files import TOKENIZER_BYTES, check_json_files, file_stamp, read_object
 
 Json = dict[str, Any]
 
@@ -75,10 +77,13 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         return _ids_only("no tokenizer.json in the checkpoint")
     with foreign("the tokenizer cannot be read", where=path, remedy="copy the tokenizer files again"):
         check_json_files(tuple(folder / name for name in SETTINGS if (folder / name).exists()))
-        return _read_vocabulary(folder, path, vocab_size)
+        files = sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")])
+        return _read_vocabulary(folder, path, vocab_size, tuple((file.name, *file_stamp(file)) for file in files))
 
 
-def _read_vocabulary(folder: Path, path: Path, vocab_size: int) -> Vocabulary:
+@lru_cache(maxsize=1)
+def _read_vocabulary(folder: Path, path: Path, vocab_size: int, stamps: tuple[Hashable, ...]) -> Vocabulary:
+    """Kept from plan to writing while no file of the folder changes; SpecialVocab reads merges and templates too."""
     tokenizer = _read_json(path)
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":

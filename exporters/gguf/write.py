@@ -25,8 +25,8 @@ from l4q.errors import UnsupportedError, UsageError
 
 Data = npt.NDArray[np.generic]
 
-PIECE_BYTES = 32 << 20
-"""Stored bytes of a dense tensor that are converted at a time."""
+PIECE_BYTES = 4 << 20
+"""Stored bytes of a dense tensor that are converted at a time: few, so that caches and the allocator keep them."""
 
 
 def write(
@@ -44,7 +44,7 @@ def write(
     path = folder / file_name(checkpoint, plan.tensors)
     vocabulary = read_vocabulary(checkpoint.path, int(checkpoint.config["vocab_size"]))
     if not record.finished(path.name):
-        _write_file(path, checkpoint, plan, vocabulary, on_tensor)
+        _write_file(path, checkpoint, plan, vocabulary, on_tensor, record)
         sync_file(path)
         record.add(path)
     write_modelfile(checkpoint, folder, path.name, vocabulary)
@@ -56,6 +56,7 @@ def _write_file(
     plan: ExportPlan,
     vocabulary: Vocabulary,
     on_tensor: Callable[[str], None],
+    record: FileRecord,
 ) -> None:
     architecture = architecture_of(checkpoint.architecture)
     writer = gguf.GGUFWriter(path, architecture.name)
@@ -66,8 +67,9 @@ def _write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        advance = record.follow(path, path.name)
         for tensor in plan.tensors:
-            pieces: Any = _Pieces(_pieces(checkpoint, architecture, tensor), tensor.nbytes)
+            pieces: Any = _Pieces(_pieces(checkpoint, architecture, tensor), tensor.nbytes, advance)
             writer.write_tensor_data(pieces)
             on_tensor(tensor.name)
     finally:
@@ -101,9 +103,10 @@ def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
 class _Pieces:
     """What `GGUFWriter.write_tensor_data` asks of an array, for a tensor that never is in memory as a whole."""
 
-    def __init__(self, pieces: Iterator[Data], nbytes: int) -> None:
+    def __init__(self, pieces: Iterator[Data], nbytes: int, advance: Callable[[int], None]) -> None:
         self.nbytes = nbytes
         self._pieces = pieces
+        self._advance = advance
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the tensor's bytes.
@@ -116,6 +119,8 @@ class _Pieces:
             data = np.ascontiguousarray(piece)
             file.write(data.data)
             written += data.nbytes
+            file.flush()
+            self._advance(file.tell())
         if written != self.nbytes:
             raise UsageError("a tensor is not as large as planned", got=f"{written} bytes", expected=self.nbytes)
 

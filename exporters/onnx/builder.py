@@ -30,11 +30,14 @@ class Pieces(ir.LazyTensor):
     ) -> None:
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self._read = read
+        self.on_piece: Callable[[Any], None] = lambda file: None
+        """Called after each piece with the file, whose position is its end."""
 
     def tofile(self, file: Any) -> None:
         """Write its bytes to an open file."""
         for piece in self._read():
             file.write(np.ascontiguousarray(piece).data)
+            self.on_piece(file)
 
     def _whole(self) -> ir.TensorProtocol:
         data = np.concatenate([np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in self._read()])

@@ -13,8 +13,8 @@ from exporters.onnx.pack import PackedParameters, choose_block, code_pieces, flo
 from l4q.checkpoint import L4QCheckpoint, WeightInfo
 from l4q.weight import F32
 
-PIECE_BYTES = 32 << 20
-"""Stored bytes of a dense tensor that are widened at a time."""
+PIECE_BYTES = 4 << 20
+"""Stored bytes of a dense tensor that are widened at a time: few, so that caches and the allocator keep them."""
 
 
 class LinearEmitter:
@@ -54,7 +54,8 @@ class LinearEmitter:
 
         def read() -> Iterator[Array]:
             for rows in self._checkpoint.dense_row_slices(name, PIECE_BYTES):
-                yield (self._checkpoint.dense(name, rows).float() + plus).contiguous().numpy()
+                values = self._checkpoint.dense(name, rows).float()
+                yield (values + plus if plus else values).contiguous().numpy()
 
         return self._builder.lazy(name, ir.DataType.FLOAT, self._checkpoint.dense_shape(name), read)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
+from exporters.onnx.builder import Pieces
 from exporters.onnx.contrib import GRAPH_KEY
 from exporters.onnx.genai import CONFIG_NAME, genai_config
 from exporters.onnx.optimized import ACCURACY_OPTION, OPTIMIZED_NAME, write_optimized
@@ -49,7 +51,7 @@ def write(
             "l4q.bits": str(checkpoint.quant.bits),
             "l4q.group_size": str(checkpoint.quant.group_size),
         }
-        _save(source.build(options, metadata), plan, folder, on_tensor)
+        _save(source.build(options, metadata), plan, folder, on_tensor, record)
         for name in (MODEL_NAME, DATA_NAME):
             sync_file(folder / name)
             record.add(folder / name)
@@ -65,8 +67,14 @@ def write(
     copy_side_files(checkpoint, folder)
 
 
-def _save(model: ir.Model, plan: ExportPlan, folder: Path, on_tensor: Callable[[str], None]) -> None:
+def _save(
+    model: ir.Model, plan: ExportPlan, folder: Path, on_tensor: Callable[[str], None], record: FileRecord
+) -> None:
     """Write model.onnx and its external data, whose tensors are made one after another."""
+    data = _DataFile(record)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, Pieces):
+            value.const_value.on_piece = data.grew
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -84,3 +92,18 @@ def _save(model: ir.Model, plan: ExportPlan, folder: Path, on_tensor: Callable[[
     )
     for name in waiting.values():  # tensors small enough to live in model.onnx itself
         on_tensor(name)
+
+
+class _DataFile:
+    """The external data in the making: the library opens it, under a name of its own, and fills it from the start."""
+
+    def __init__(self, record: FileRecord) -> None:
+        self._record = record
+        self._advance: Callable[[int], None] | None = None
+
+    def grew(self, file: BinaryIO) -> None:
+        """Say how far it is written."""
+        file.flush()
+        if self._advance is None:
+            self._advance = self._record.follow(Path(file.name), DATA_NAME)
+        self._advance(file.tell())
