@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -154,6 +155,19 @@ def test_a_file_no_decoder_reads(glass_checkpoint: CheckpointMaker, tmp_path: Pa
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(VerificationError, match="the exported files are damaged"):
         verify(checkpoint, exporter, tmp_path / "gguf", lambda name: None)
+
+
+def test_a_decoder_that_fails(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    """Whatever a foreign decoder raises is a failed verification."""
+
+    def read_back(folder: Path, only: object = None) -> Iterator[tuple[str, Any]]:
+        yield from np.load(folder / "absent.npz").items()
+
+    decoder: Any = SimpleNamespace(read_back=read_back)
+    with pytest.raises(
+        VerificationError, match=r"a foreign decoder cannot read the exported files\n  got: FileNotFound"
+    ):
+        verify(L4QCheckpoint.open(glass_checkpoint("none")), decoder, tmp_path)
 
 
 def test_an_onnx_folder_has_no_server(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ def test_models_that_do_not_load(glassllm_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(glassllm_dir, tmp_path / "empty", ignore=lambda folder, names: ["model.safetensors"])
     with pytest.raises(UsageError, match="a weight file is missing"):
         load_model(TrainOptions(model=str(tmp_path / "empty"), **options))
+    with pytest.raises(UsageError, match="the model cannot be loaded"):
+        load_model(TrainOptions(model="nobody/has-this-model", **options))  # no hub is asked here
     shutil.copytree(glassllm_dir, tmp_path / "odd")
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(UnsupportedError, match="transformers cannot load this as a causal language model"):

@@ -87,7 +87,7 @@ def decode(folder: Path) -> dict[str, F32]:
     model = onnx.load(path, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     splits = {node.input[0]: list(node.output) for node in model.graph.node if node.op_type == "Split"}
-    found = {}
+    found: dict[str, F32] = {}
     for node in (node for node in model.graph.node if node.op_type == "MatMulNBits"):
         columns = next(attribute.i for attribute in node.attribute if attribute.name == "K")
         weights = [with_data(tensors[name], path, "unreadable", remedy="") for name in node.input[1:5] if name]
