@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ settings.register_profile("l4q", deadline=None, derandomize=True)
 # Every mutant runs the tests of its function: fewer examples each (make mutation).
 settings.register_profile("mutation", settings.get_profile("l4q"), max_examples=15)
 settings.load_profile("l4q")
+
+# A shell that runs the suite in the background ignores these, and children inherit that: some tests interrupt one.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 CheckpointMaker = Callable[..., Path]
 

@@ -29,9 +29,9 @@ def more(peaks: dict[str, list[int]], name: str) -> int:
 
 @pytest.mark.parametrize("name", ["freeze", *FORMATS, "evaluate"])
 def test_peak_is_independent_of_size(peaks: dict[str, list[int]], name: str) -> None:
-    """A checkpoint of five times the layers needs no more memory, to within a fraction of what it is larger."""
+    """A checkpoint of nine times the layers needs no more memory, to within a fraction of what it is larger."""
     larger = more(peaks, "bytes")
-    assert larger > 15 << 20
+    assert larger > 30 << 20
     assert more(peaks, name) < larger / 2, peaks
 
 

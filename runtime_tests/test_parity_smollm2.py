@@ -196,6 +196,7 @@ def damaged(source: L4QCheckpoint, module: str, damage: str) -> Any:
 def test_reports_and_cards_carry_the_figures(suite: Suite) -> None:
     """Table, Markdown and model card show the measured numbers of the run."""
     report: dict[str, Any] = {
+        "settings": {"text": "wiki_demo.txt", "windows": 1, "tokens_per_window": suite.oracle.stats.tokens},
         "tokens": suite.oracle.stats.tokens,
         "oracle": {"perplexity": suite.oracle.stats.oracle_perplexity, "tokens_per_s": suite.oracle.tokens_per_s},
         "rows": [row.to_dict() for row in suite.rows.values()],
