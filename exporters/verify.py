@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from exporters.plan import Exporter
 from l4q.checkpoint import L4QCheckpoint
-from l4q.errors import UsageError, VerificationError
+from l4q.errors import VerificationError
 
 VerifyMode = Literal["full", "sample", "none"]
 """How much of an export is read back: every module, a sample that depends on the model's layout alone, or nothing."""
@@ -115,8 +115,6 @@ def _guarded(
             item = next(decoded)
         except StopIteration:
             return
-        except UsageError as error:  # refused before the decoder saw it
-            raise VerificationError("the exported files are damaged", got=error) from error
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError) as error:
             raise VerificationError(
                 "a foreign decoder cannot read the exported files", got=f"{type(error).__name__}: {error}"

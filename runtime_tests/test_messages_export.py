@@ -146,14 +146,14 @@ def test_folders_that_are_something_else(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_no_decoder_reads(glass_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
-    """A GGUF file cut in half is a failed verification, found before a decoder sees it."""
+    """A GGUF file cut in half is refused before a decoder sees it."""
     checkpoint = L4QCheckpoint.open(glass_checkpoint("none"))
     export(checkpoint, "gguf", tmp_path / "gguf")
     exporter = get_exporter("gguf")
     assert verify(checkpoint, exporter, tmp_path / "gguf", lambda name: None).passed
     file = next((tmp_path / "gguf").glob("*.gguf"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(VerificationError, match="the exported files are damaged"):
+    with pytest.raises(UsageError, match="the GGUF file is truncated or damaged"):
         verify(checkpoint, exporter, tmp_path / "gguf", lambda name: None)
 
 
