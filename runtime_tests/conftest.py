@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from hypothesis import settings
 from exporters.judge import JUDGES_VARIABLE
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import l4q_layers, save_l4q, wrap_linears
+from l4q.train_options import TrainOptions
 from runtime_tests.engines.host import JUDGES
 from runtime_tests.fault_exports import Exports
 from runtime_tests.fault_worker import FaultWorker
 from runtime_tests.report_runs import Reports, make_reports
+from runtime_tests.train_runs import Options, base_options
 from tools.fetch_judges import JUDGES as FOREIGN
 from tools.fetch_judges import is_installed
 
@@ -76,6 +79,22 @@ def dense_judge(judges: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The compressed-tensors that reads dense 3-bit words, made known to the exporters."""
     monkeypatch.setenv(JUDGES_VARIABLE, str(judges / "compressed-tensors"))
     return judges / "compressed-tensors"
+
+
+@pytest.fixture(scope="module")
+def train_base(glassllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
+    """Options of a short training run with everything random switched on."""
+    return base_options(glassllm_dir, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def train_options(train_base: TrainOptions, tmp_path: Path) -> Options:
+    """The same options for a folder of the test's own; keywords change them."""
+
+    def make(**changes: Any) -> TrainOptions:
+        return replace(train_base, **{"out": tmp_path / "run", **changes})
+
+    return make
 
 
 def disturb(model: torch.nn.Module, seed: int = 0) -> None:

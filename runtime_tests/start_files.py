@@ -20,6 +20,7 @@ from exporters.gptq.write import Packing
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig
 from l4q.packed_weight import PackedWeight
+from l4q.starts import open_start
 from l4q.weight import QuantizedWeight
 from runtime_tests.gguf_requantize import requantize
 from runtime_tests.random_models import LINEARS
@@ -165,3 +166,15 @@ def requantized(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> 
 def is_linear(name: str) -> bool:
     """Whether a module is one of a block's linears."""
     return name.endswith(LINEARS)
+
+
+def opened(path: Path) -> Any:
+    """The start at a path, which must be one."""
+    start = open_start(str(path))
+    assert start is not None
+    return start
+
+
+def fp16_grid(**grid: Any) -> QuantConfig:
+    """A grid whose scales may be any fp16 number, as those of random weights are."""
+    return QuantConfig(**{"scale_grid": "fp16", **grid})

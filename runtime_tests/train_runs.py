@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from l4q.config import LoraConfig, QuantConfig
 from l4q.train_options import TrainOptions
 from l4q.train_state import list_states
+
+Options = Callable[..., TrainOptions]
+"""Options of a run; keywords change them."""
 
 RECORDS, BATCH, ACCUM = 24, 2, 2
 STEPS_PER_EPOCH = RECORDS // (BATCH * ACCUM)
@@ -77,3 +81,22 @@ def same_checkpoints(left: Path, right: Path) -> bool:
     """Whether two frozen checkpoints hold the same tensors, bit for bit."""
     a, b = (load_file(run / "checkpoint/model.safetensors") for run in (left, right))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start_state(made: TrainOptions) -> dict[str, torch.Tensor]:
+    """A, B, s and b before the first step."""
+    from l4q.model import trainable_state
+
+    return {name: tensor.clone() for name, tensor in trainable_state(wrapped_model(made)).items()}
+
+
+def wrapped_model(made: TrainOptions) -> Any:
+    """The run's model before its first step."""
+    from transformers import set_seed
+
+    from l4q.train_model import load_model, wrap_model
+
+    model, _ = load_model(made)
+    set_seed(made.seed)
+    wrap_model(model, made)
+    return model
