@@ -106,20 +106,12 @@ def wrap_linears(
     model.requires_grad_(False)
     dense = tuple(name for name in linears if name not in set(wrapped))
     reproduced, notes = [], []
+    settings: dict[str, Any] = {"init": init, "learning": learning, "kernels": kernels}
     for name in wrapped:
         linear, grid = linears.pop(name), chosen.grids[name]  # popped, so that a weight that is packed is freed at once
         own = adopt(name, cast(nn.Parameter, linear.weight), grid, start, storage)
-        layer = L4QLinear.from_linear(
-            linear,
-            grid,
-            lora,
-            init=init,
-            learning=learning,
-            base=own.base,
-            qparams=own.qparams,
-            moments=(moments or {}).get(name),
-            kernels=kernels,
-        )
+        settings.update(base=own.base, qparams=own.qparams, moments=(moments or {}).get(name))
+        layer = L4QLinear.from_linear(linear, grid, lora, **settings)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
         if own.qparams is not None and reproduces(layer, own.grid):
@@ -127,11 +119,7 @@ def wrap_linears(
         elif start is not None:
             notes.append((name, own.note or f"base storage {storage} moves weights across rounding boundaries"))
     return WrapReport(
-        wrapped=tuple(wrapped),
-        dense=dense,
-        reproduced=tuple(reproduced),
-        notes=tuple(notes),
-        fallback=tuple(fallback),
+        wrapped=tuple(wrapped), dense=dense, reproduced=tuple(reproduced), notes=tuple(notes), fallback=fallback
     )
 
 
