@@ -67,6 +67,9 @@ RESULT_LINES = {
 @click.option(
     "--lora-warmup-steps", type=int, default=0, help="First steps that train plain LoRA; then quantization starts."
 )
+@click.option(
+    "--distill", type=float, default=0.0, help="Share of the loss that is the divergence from the unquantized MODEL."
+)
 @click.option("--leave-dense", is_flag=True, help="Leave layers dense that the group size or a K grid does not fit.")
 @click.option("--target-modules", multiple=True, default=("*",), help="fnmatch pattern on module names; repeatable.")
 @click.option(

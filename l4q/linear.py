@@ -98,6 +98,8 @@ class L4QLinear(nn.Module):
 
     quantizing: bool
     """Whether the forward quantizes; False during a LoRA warm-up. Not part of the state dict."""
+    adapting: bool
+    """False while the layer is to be the original one, x @ W0^T, see `l4q.distill`. Not part of the state dict."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class L4QLinear(nn.Module):
         super().__init__()
         self.moments = moments
         self.quant, self.lora, self.init, self.learning = quant, lora, init, learning or GridLearning()
-        self.quantizing = True
+        self.quantizing = self.adapting = True
         require_kernels(kernels)
         self.kernels = kernels
         self.out_features, self.in_features = weight.shape
@@ -164,7 +166,9 @@ class L4QLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         lora_a = F.dropout(self.lora_A, self.lora.dropout, self.training) if self.lora.dropout else self.lora_A
         y: torch.Tensor
-        if self.quantizing:
+        if not self.adapting:
+            y = base_linear(x, self.weight)
+        elif self.quantizing:
             params = self.grid()
             kernels = EAGER if is_compiling() else kernels_for(self.kernels, x.device.type, params.scales.dtype)
             scaling, max_code = self.lora.scaling, self.quant.max_code

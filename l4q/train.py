@@ -206,6 +206,7 @@ def _fit_model(
         optim=options.optim,
         keep_states=options.keep_states,
         lora_warmup_steps=options.lora_warmup_steps,
+        distill=options.distill,
         held_out=given.held_out,
         train_dataset=given.data.examples,
         data_collator=make_collator(given.pad),

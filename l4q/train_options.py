@@ -113,6 +113,8 @@ class TrainOptions:
     """First optimizer steps that train plain LoRA; then s and b start from the merged weights."""
     leave_dense: bool = False
     """Leave layers dense whose in_features the group size does not divide."""
+    distill: float = 0.0
+    """Share of the loss that is the divergence from the original model's predictions, see `l4q.distill`."""
     steps: int | None = None
     """Optimizer steps; None = go by epochs."""
     epochs: float | None = None
@@ -156,6 +158,7 @@ class TrainOptions:
         require(self.steps is None or self.epochs is None, "steps", "both steps and epochs", "one of the two")
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
         require(self.epochs is None or 0 < self.epochs <= MOST_EPOCHS, "epochs", self.epochs, "> 0, at most 1e6")
+        require(0 <= self.distill <= 1, "distill", self.distill, "a share from 0 to 1")
         require(0 <= self.seed < MOST_SEED, "seed", self.seed, f">= 0 and below {MOST_SEED}")
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
         require(self.amp in get_args(Amp), "amp", self.amp, f"one of {get_args(Amp)}")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from l4q.distill import divergence, learned_positions, teacher_logits
 from l4q.distributed import barrier, decide, is_main, is_sharded, own_rows, shared_stage
 from l4q.errors import UsageError
 from l4q.grid_watch import GridWatch
@@ -79,6 +80,7 @@ class L4QTrainer(Trainer):
         optim: Learning rates and weight decay.
         keep_states: Saved states to keep.
         lora_warmup_steps: First steps that train plain LoRA.
+        distill: Share of the loss that is the divergence from the original model, see `l4q.distill`.
         held_out: Measures perplexity in between.
         **kwargs: Passed on to transformers.Trainer (train_dataset, data_collator, ...).
     """
@@ -93,6 +95,7 @@ class L4QTrainer(Trainer):
         optim: OptimOptions,
         keep_states: int,
         lora_warmup_steps: int = 0,
+        distill: float = 0.0,
         held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
@@ -103,6 +106,7 @@ class L4QTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self._optim = optim
         self._keep_states = keep_states
+        self._distill = distill
         self._run = Path(str(args.output_dir))
         self._report = StepReport(self._run / "metrics.jsonl")
         # The stock callbacks print to stdout, which belongs to the command's result.
@@ -157,6 +161,27 @@ class L4QTrainer(Trainer):
         if not torch.isfinite(loss):
             raise diverged(self._run, self.state.global_step + 1, f"loss {float(loss)}")
         return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss, of which a share is the divergence from the original model if asked for."""
+        if not self._distill:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        teacher = teacher_logits(model, inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        labels = inputs["labels"]
+        # As the Trainer scales its loss: over all processes and accumulated batches, or by the mean of this batch.
+        together = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        count: Any = num_items_in_batch if together else learned_positions(labels)
+        scale = self.accelerator.num_processes if together else 1
+        kl = divergence(outputs.logits, teacher, labels) * scale / count
+        loss = (1 - self._distill) * loss + self._distill * kl
+        return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write RUN/state-<step>: complete under its final name, or not at all; every process writes what it keeps."""
