@@ -27,7 +27,7 @@ PROCESSES, STEPS, SAVED = 2, 5, 3
 
 
 def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
-    """Options for one process; every one of `PROCESSES` takes its share of the batch. Includes a LoRA warm-up."""
+    """Options for one process; every one of `PROCESSES` takes its share of the batch. Includes a LoRA warm-up and distillation."""
     return TrainOptions(
         model=str(model),
         data=(data,),
@@ -36,6 +36,7 @@ def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
         lora=LoraConfig(rank=4),
         leave_dense=True,
         lora_warmup_steps=2,
+        distill=0.25,
         steps=STEPS,
         batch_size=PROCESSES,
         grad_accum=2,

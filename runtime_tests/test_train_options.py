@@ -177,14 +177,16 @@ def test_defaults_are_the_documented_ones() -> None:
     assert made.learning == GridLearning(train_scales=True, train_offsets=True, gradient_scale="none")
 
 
-def test_flags_reach_their_train_options() -> None:
+def test_flags_reach_their_options() -> None:
     """Every flag of this file arrives where it belongs."""
     made = parsed(
         *("--init", "asymm", "--zero-point", "float", "--no-train-scales", "--no-train-offsets"),
         *("--gradient-scale", "lsq", "--lora-warmup-steps", "7", "--optim-state", "bfloat16", "--dropout", "0.05"),
+        *("--distill", "0.5"),
     )
     assert made.learning == GridLearning(train_scales=False, train_offsets=False, gradient_scale="lsq")
     assert (made.init, made.lora_warmup_steps, made.optim.state, made.lora.dropout) == ("asymm", 7, "bfloat16", 0.05)
+    assert made.distill == 0.5
     with pytest.raises(UsageError, match="needs offsets"):
         parsed("--init", "asymm")
 
@@ -209,7 +211,7 @@ def test_runs_of_older_versions_resume(train_options: Options) -> None:
     run.start(made, facts)
     record = json.loads(run.config.read_text())
     for section in (record["options"], record["identity"]):
-        for name in ("init", "learning", "lora_warmup_steps"):
+        for name in ("init", "learning", "lora_warmup_steps", "distill"):
             del section[name]
         del section["optim"]["state"]
     run.config.write_text(json.dumps(record))
