@@ -27,7 +27,7 @@ PROCESSES, STEPS, SAVED = 2, 5, 3
 
 
 def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
-    """Options for one process, of which every one of `PROCESSES` takes a share; with a LoRA warm-up and distillation."""
+    """Options for one process; every one of `PROCESSES` takes its share. With a LoRA warm-up and distillation."""
     return TrainOptions(
         model=str(model),
         data=(data,),

@@ -20,6 +20,7 @@ from l4q.train import train
 from l4q.train_options import OptimOptions
 from runtime_tests.conftest import disturb
 from runtime_tests.train_runs import Options, final_weights, metrics, rewind, same_bits, same_checkpoints
+from tools.reproduction.bench import training_loss
 
 
 @pytest.fixture
@@ -124,3 +125,14 @@ def test_shares_out_of_range_are_refused(train_options: Options) -> None:
     """A share of the loss is from 0 to 1."""
     with pytest.raises(UsageError, match=r"(?s)unsupported value.*distill"):
         train_options(distill=1.5)
+
+
+def test_the_comparison_mixes_alike(wrapped: tuple[Any, Any]) -> None:
+    """tools.reproduce's loss is the same mixture: between the text's loss and torch's mean divergence."""
+    plain, model = wrapped
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        text, mixed, taught = (float(training_loss(model, ids, share)) for share in (0.0, 0.25, 1.0))
+        target, found = (F.log_softmax(each(input_ids=ids).logits[:, :-1], -1) for each in (plain, model))
+    assert taught == pytest.approx(float(F.kl_div(found, target, log_target=True, reduction="sum")) / 38, rel=1e-4)
+    assert mixed == pytest.approx(0.75 * text + 0.25 * taught, rel=1e-5)

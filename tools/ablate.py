@@ -1,9 +1,9 @@
 """The choices behind l4q-train's defaults, one changed at a time: python -m tools.ablate [--model smollm2].
 
 Every variant is L4Q on the model, data, steps and seeds of the comparison (tools/reproduction) with one choice changed:
-zero-point, scale grid, initialisation, learning rate of s or of b. Each is measured as deployed, before training (what
-its start is worth; --untrained stops there) and after it. One JSON file per variant and seed goes into --out and is not
-measured again. The last line of stdout is one JSON object: {axis: {choice: mean perplexity}}.
+zero-point, scale grid, initialisation, distillation, learning rate of s or of b. Each is measured as deployed, before
+training (what its start is worth; --untrained stops there) and after it. One JSON file per variant and seed goes into
+--out and is not measured again. The last line of stdout is one JSON object: {axis: {choice: mean perplexity}}.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ AXES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "zero-point": ("zero_point", ("none", "integer", "float")),
     "scale grid": ("scale_grid", ("fp16_s7", "fp16")),
     "initialisation": ("init", ("l4q", "lsq+", "symm", "asymm", "calibrated")),
+    "share of distillation in the loss": ("distill", (0.0, 0.5, 1.0)),
     "learning rate of s / that of A, B": ("scale_share", (0.0, 0.01, 0.05, 0.25, 1.0)),
     "learning rate of b / that of A, B": ("offset_share", (0.0, 0.01, 0.05, 0.25, 1.0)),
 }
@@ -49,6 +50,7 @@ class Variant:
     zero_point: str = "integer"
     scale_grid: str = "fp16_s7"
     init: Init = "calibrated"
+    distill: float = 0.0
     scale_share: float = 0.05
     """Learning rate of s over that of A and B."""
     offset_share: float = 0.05
@@ -64,7 +66,7 @@ class Variant:
     def name(self, seed: int) -> str:
         """File name without suffix."""
         shares = f"s{self.scale_share:g}-b{self.offset_share:g}"
-        return f"{self.bits}bit-{self.zero_point}-{self.scale_grid}-{self.init}-{shares}-seed{seed}"
+        return f"{self.bits}bit-{self.zero_point}-{self.scale_grid}-{self.init}-d{self.distill:g}-{shares}-seed{seed}"
 
 
 def variants(point: Variant) -> Iterator[Variant]:
@@ -97,7 +99,7 @@ def measure(variant: Variant, recipe: Recipe, seed: int, assets: Path, out: Path
     untrained = bench.deployed_quantized("start", dict(freeze_model(model))).perplexity
     trained = None
     if train:
-        bench.train(model, parameter_groups(model, bench.optim))
+        bench.train(model, parameter_groups(model, bench.optim), distill=variant.distill)
         trained = bench.deployed_quantized("end", dict(freeze_model(model))).perplexity
     return {
         "variant": asdict(variant),

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
 from l4q.config import LoraConfig
+from l4q.distill import divergence, learned_positions, teacher_logits
 from l4q.errors import L4QError
 from l4q.evaluate import windows_perplexity
 from l4q.train_options import OptimOptions
@@ -135,12 +136,13 @@ class Workbench:
         """Calibration batches for GPTQ."""
         return self._batches[0]
 
-    def train(self, model: Any, groups: Iterable[Any]) -> None:
+    def train(self, model: Any, groups: Iterable[Any], *, distill: float = 0.0) -> None:
         """AdamW, linear warm-up, cosine decay, gradient clipping; fills `facts`.
 
         Args:
             model: Called with input_ids and labels.
             groups: Parameters or AdamW parameter groups.
+            distill: Share of the loss that is the divergence from the unquantized model, for wrapped models.
 
         Raises:
             DivergedCellError: A loss is not finite.
@@ -154,7 +156,7 @@ class Workbench:
 
         def step(ids: torch.Tensor) -> float:
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.amp):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = training_loss(model, ids, distill)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             optimizer.step()
@@ -205,6 +207,17 @@ class Workbench:
         from tools.reproduction.benchmarks import accuracies
 
         return accuracies(model, self.assets, self.recipe)
+
+
+def training_loss(model: Any, ids: torch.Tensor, distill: float) -> torch.Tensor:
+    """Mean loss on ids [batch, length], of which a share is the divergence from the unquantized model."""
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    teacher = teacher_logits(model, inputs) if distill else None
+    outputs = model(**inputs, labels=ids)
+    loss: torch.Tensor = outputs.loss
+    if teacher is None:
+        return loss
+    return (1 - distill) * loss + distill * divergence(outputs.logits, teacher, ids) / learned_positions(ids)
 
 
 @torch.no_grad()

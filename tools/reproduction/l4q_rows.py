@@ -19,7 +19,7 @@ def run(bench: Workbench) -> list[Deployed]:
     init = bench.recipe.init
     moments = calibration_moments(bench, model) if init == "calibrated" else None
     wrap_linears(model, quant, bench.lora, init=init, moments=moments, skip_indivisible=True)
-    bench.train(model, parameter_groups(model, bench.optim))
+    bench.train(model, parameter_groups(model, bench.optim), distill=bench.recipe.distill)
     return [bench.deployed_quantized(METHODS[bench.cell.method].rows[0], dict(freeze_model(model)))]
 
 

@@ -11,7 +11,7 @@ from l4q.config import Init
 from l4q.errors import UsageError
 
 _L4Q = ("l4q-none", "l4q-integer", "l4q-float")
-READ_BY = {"init": _L4Q, "scale_lr": (*_L4Q, "qat-lora"), "offset_lr": (*_L4Q, "qat-lora")}
+READ_BY = {"init": _L4Q, "distill": _L4Q, "scale_lr": (*_L4Q, "qat-lora"), "offset_lr": (*_L4Q, "qat-lora")}
 """Settings that only some methods read."""
 
 
@@ -52,6 +52,8 @@ class Recipe:
     max_grad_norm: float = 1.0
     init: Init = "l4q"
     """How s and b of the L4Q rows start; "calibrated" looks at the sequences that GPTQ sees."""
+    distill: float = 0.0
+    """Share of the L4Q rows' loss that is the divergence from the 16-bit model (`l4q.distill`)."""
     amp: bool = False
     """Train every method under torch.autocast: weights and grids in float32, products in bfloat16."""
     benchmark_items: int = 0
