@@ -1,6 +1,6 @@
 """Exports of L4Q checkpoints: planned first, packed without requantization, read back by foreign decoders.
 
-The call is ``exporters.export.export``; the names here are what it takes and returns.
+``export`` is the call; the other names are what it takes and returns.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from l4q.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from exporters.export import ExportResult as ExportResult
-    from exporters.export import get_exporter as get_exporter
-    from exporters.export import make_plan as make_plan
+    from exporters.driver import ExportResult as ExportResult
+    from exporters.driver import export as export
+    from exporters.driver import get_exporter as get_exporter
+    from exporters.driver import make_plan as make_plan
     from exporters.plan import Exporter as Exporter
     from exporters.plan import ExportOptions as ExportOptions
     from exporters.plan import ExportPlan as ExportPlan
@@ -29,9 +30,10 @@ _EXPORTS = {
     "Fidelity": "exporters.plan",
     "PlannedTensor": "exporters.plan",
     "RuntimeSupport": "exporters.plan",
-    "ExportResult": "exporters.export",
-    "get_exporter": "exporters.export",
-    "make_plan": "exporters.export",
+    "export": "exporters.driver",
+    "ExportResult": "exporters.driver",
+    "get_exporter": "exporters.driver",
+    "make_plan": "exporters.driver",
     "VerifyReport": "exporters.verify",
 }
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exporters.export import EXPORTERS, get_exporter
+from exporters.driver import EXPORTERS, get_exporter
 from exporters.manifest import MANIFEST_NAME, read_manifest
 from exporters.verify import VerifyMode, VerifyReport, sample_modules, verify
 from l4q.checkpoint import L4QCheckpoint

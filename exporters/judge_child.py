@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.export import get_exporter
+from exporters.driver import get_exporter
 from exporters.judge import ONLY
 from l4q.errors import L4QError
 

@@ -191,7 +191,7 @@ NOTHING_DONE: FileRecord = _NothingDone()
 
 
 class Exporter(Protocol):
-    """What a format package offers; `exporters.export.EXPORTERS` maps format names to such packages."""
+    """What a format package offers; `exporters.driver.EXPORTERS` maps format names to such packages."""
 
     def plan(self, checkpoint: L4QCheckpoint, options: ExportOptions) -> ExportPlan:
         """Decide every tensor's encoding from the checkpoint's headers, writing nothing.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from exporters.export import ExportResult, export, make_plan
+from exporters.driver import ExportResult, export, make_plan
 from exporters.hub import push, repositories
 from exporters.manifest import verified_counts
 from exporters.plan import ExportOptions, ExportPlan

@@ -22,6 +22,8 @@ all merge the same bits (docs/training.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +119,15 @@ class PackedBase(nn.Module):
     def nbytes(self) -> int:
         """Bytes of codes and block parameters."""
         return sum(parameter.nbytes for parameter in self.parameters())
+
+    def part(self, take: Callable[[torch.Tensor], torch.Tensor]) -> PackedBase:
+        """Another base of some of the rows, those that `take` gives of each parameter; they share memory."""
+        part = copy(self)
+        part._parameters = {
+            name: None if parameter is None else nn.Parameter(take(parameter), requires_grad=False)
+            for name, parameter in self._parameters.items()
+        }
+        return part
 
     def rows(self, rows: slice) -> torch.Tensor:
         """Dequantize a run of rows: float32 [rows, in]."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from rich.console import Console
 
 from l4q.cli_command import command_line, print_json
 from l4q.cli_common import run
@@ -55,15 +57,15 @@ def command(as_json: bool, **values: Any) -> None:
     if as_json:
         print_json({**plan.to_dict(), "checkpoint": written})
     else:
-        click.echo(format_plan(plan))
+        click.echo(format_plan(plan, Console().width))
     if options.dry_run:
         plan.check(allow_dense=options.allow_dense)
     elif not as_json:
         click.echo(f"checkpoint {written}")
 
 
-def format_plan(plan: ImportPlan) -> str:
-    """The plan as a few lines: equal fates of modules are counted, refused modules are named."""
+def format_plan(plan: ImportPlan, width: int = 80) -> str:
+    """The plan as a few lines of at most `width`: equal fates of modules are counted, refused modules are named."""
     from l4q.importing.plan import grid_words
 
     fates = Counter((module.own or "no linear grid", module.exact) for module in plan.modules)
@@ -71,7 +73,9 @@ def format_plan(plan: ImportPlan) -> str:
     lines += [f"{count:5} modules {'exact' if exact else 'REFUSED'}: {own}" for (own, exact), count in fates.items()]
     lines += [f"      {module.name}: {module.reason}" for module in plan.refused]
     lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join([*lines, f"grid: {grid_words(plan.quant) if plan.quant else 'none'}"])
+    lines.append(f"grid: {grid_words(plan.quant) if plan.quant else 'none'}")
+    folded = (wrap(line, width, subsequent_indent=" " * 8, break_on_hyphens=False) for line in lines)
+    return "\n".join(piece for pieces in folded for piece in pieces)
 
 
 def main() -> None:

@@ -218,6 +218,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's values, in place; all of them must ask for it together."""
+    dist.all_reduce(values)
+    return values
+
+
 def own_rows(tensor: torch.Tensor) -> Rows:
     """What this process keeps of a parameter, or of anything shaped like it."""
     if not is_sharded_tensor(tensor):

@@ -1,6 +1,6 @@
 """Every runtime on the same tokens as the torch float32 oracle: parity as a call, a command and a pytest fixture.
 
-``check_parity`` does what `l4q-parity` does; ``runtime_tests.parity`` has its parts.
+``parity`` does what `l4q-parity` does; ``run_parity`` and ``assert_parity`` are its halves.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 from l4q.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from runtime_tests.check import check_parity as check_parity
-    from runtime_tests.parity import ParityOptions as ParityOptions
-    from runtime_tests.parity import ParityReport as ParityReport
-    from runtime_tests.parity import ParityRow as ParityRow
-    from runtime_tests.parity import assert_parity as assert_parity
-    from runtime_tests.parity import run_parity as run_parity
+    from runtime_tests.check import parity as parity
+    from runtime_tests.parity_runs import ParityOptions as ParityOptions
+    from runtime_tests.parity_runs import ParityReport as ParityReport
+    from runtime_tests.parity_runs import ParityRow as ParityRow
+    from runtime_tests.parity_runs import assert_parity as assert_parity
+    from runtime_tests.parity_runs import run_parity as run_parity
     from runtime_tests.targets import ParityTarget as ParityTarget
     from runtime_tests.targets import detect as detect
 
 # public name -> module that defines it; docs/api.md says what is stable
 _EXPORTS = {
-    "check_parity": "runtime_tests.check",
-    "ParityOptions": "runtime_tests.parity",
-    "ParityReport": "runtime_tests.parity",
-    "ParityRow": "runtime_tests.parity",
-    "assert_parity": "runtime_tests.parity",
-    "run_parity": "runtime_tests.parity",
+    "parity": "runtime_tests.check",
+    "ParityOptions": "runtime_tests.parity_runs",
+    "ParityReport": "runtime_tests.parity_runs",
+    "ParityRow": "runtime_tests.parity_runs",
+    "assert_parity": "runtime_tests.parity_runs",
+    "run_parity": "runtime_tests.parity_runs",
     "ParityTarget": "runtime_tests.targets",
     "detect": "runtime_tests.targets",
 }

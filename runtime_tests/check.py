@@ -1,4 +1,4 @@
-"""`check_parity`: exported folders against their checkpoint on a text, in one call."""
+"""`parity`: exported folders against their checkpoint on a text, in one call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from runtime_tests.parity import ParityOptions, ParityReport, assert_parity, run_parity
+from runtime_tests.parity_runs import ParityOptions, ParityReport, assert_parity, run_parity
 from runtime_tests.run import read_windows
 from runtime_tests.targets import detect
 
 
-def check_parity(
+def parity(
     checkpoint: str | Path,
     exports: Iterable[str | Path],
     *,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters.export import export, get_exporter
+from exporters.driver import export, get_exporter
 from exporters.plan import ExportOptions
 from exporters.verify import verify
 from l4q.checkpoint import L4QCheckpoint

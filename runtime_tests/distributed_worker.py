@@ -23,7 +23,7 @@ from l4q.train_model import load_model
 from l4q.train_options import TrainOptions
 from runtime_tests.train_runs import rewind
 
-PROCESSES, STEPS, SAVED = 2, 5, 3
+PROCESSES, STEPS, SAVED, WARMUP = 2, 5, 3, 2
 
 
 def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
@@ -35,7 +35,7 @@ def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
         quant=QuantConfig(zero_point="integer"),
         lora=LoraConfig(rank=4),
         leave_dense=True,
-        lora_warmup_steps=2,
+        lora_warmup_steps=WARMUP,
         distill=0.25,
         steps=STEPS,
         batch_size=PROCESSES,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporters.export import get_exporter, make_plan
+from exporters.driver import get_exporter, make_plan
 from exporters.plan import ExportOptions, ExportPlan
 from exporters.verify import verify
 from l4q.checkpoint import L4QCheckpoint

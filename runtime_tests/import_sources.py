@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig

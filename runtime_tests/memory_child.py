@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from exporters.export import EXPORTERS, export
+from exporters.driver import EXPORTERS, export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import save_l4q, wrap_linears

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from click.testing import CliRunner
 
-from exporters.export import export
+from exporters.driver import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import VerificationError
 from runtime_tests.cli import command

@@ -16,7 +16,7 @@ from exporters.card import update_parity
 from l4q.checkpoint import L4QCheckpoint
 from l4q.cli_command import progress_console
 from l4q.errors import UsageError
-from runtime_tests.parity import ParityOptions, ParityReport, Progress, assert_parity, run_parity
+from runtime_tests.parity_runs import ParityOptions, ParityReport, Progress, assert_parity, run_parity
 from runtime_tests.report import markdown, report_files, table, write_report
 from runtime_tests.report_html.details import describe
 from runtime_tests.targets import detect

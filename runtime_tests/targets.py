@@ -25,7 +25,7 @@ class ParityTarget:
     """One folder in one engine with one set of options."""
 
     format: str
-    """A name of exporters.export.EXPORTERS, or "l4q"."""
+    """A name of exporters.driver.EXPORTERS, or "l4q"."""
     engine: str
     """A key of runtime_tests.engines.host.ENGINES."""
     variant: str

@@ -116,6 +116,18 @@ def test_a_start_keeps_its_own_integers(bits: int, kind: str, group_size: int) -
     assert not torch.equal(packed.dequantize(), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_is_those_rows(kind: str) -> None:
+    """The rows of a process of several: the same weights, in shared memory, and the whole is left as it was."""
+    base = PackedBase.from_grid(random_grid((7, 64), bits=4, group_size=32, kind=kind))
+    part = base.part(lambda tensor: tensor[3:])
+    assert torch.equal(part.dequantize(), base.dequantize()[3:])
+    assert base.shape == (7, 64)
+    base.codes[5] ^= 1
+    assert torch.equal(part.dequantize(), base.dequantize()[3:])
+    assert not torch.equal(part.dequantize(), base.dequantize()[2:6])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_unstorable_weights_are_refused(value: float) -> None:
     """NaN, infinity and values beyond fp16 scales stop with the layer's name."""

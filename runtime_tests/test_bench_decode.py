@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from runtime_tests.engines.host import RemoteEngine

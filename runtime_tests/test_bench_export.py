@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from exporters.export import EXPORTERS, export
+from exporters.driver import EXPORTERS, export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import L4QError, UsageError
 from tools import fetch_peers

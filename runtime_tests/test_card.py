@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard, metadata_load
 
 from exporters.card_data import card_data, front_matter
-from exporters.export import export, make_plan
+from exporters.driver import export, make_plan
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.export import get_exporter
+from exporters.driver import get_exporter
 from exporters.plan import ExportOptions
 from l4q.errors import L4QError
 from runtime_tests.compatibility import DENSE, FORMATS, READERS, STORED, Bench, Cell, Row, message_of, table_rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.export import export
+from exporters.driver import export
 from l4q import durable, files
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import exchange, output_errors, write_atomic

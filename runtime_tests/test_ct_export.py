@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from exporters import compressed_tensors as exporter
 from exporters.compressed_tensors.plan import module_nbytes, module_schemes
-from exporters.export import EXPORTERS
+from exporters.driver import EXPORTERS
 from exporters.plan import ExportOptions, Fidelity
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.config import QuantConfig, ZeroPoint

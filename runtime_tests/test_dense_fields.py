@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.cli import command
 from exporters.compressed_tensors.pack import pack_codes, unpack_codes
-from exporters.export import export
+from exporters.driver import export
 from exporters.judge import JUDGES_VARIABLE
 from exporters.plan import ExportOptions
 from l4q.config import QuantConfig, ZeroPoint

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from exporters.export import EXPORTERS
+from exporters.driver import EXPORTERS
 from l4q.config import QuantConfig, ZeroPoint
 from runtime_tests.engines.host import PROJECT
 from runtime_tests.reliability import record
@@ -23,7 +23,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from exporters.export import EXPORTERS, export
+from exporters.driver import EXPORTERS, export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.cli_train import command

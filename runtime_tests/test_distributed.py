@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from l4q.state_tensors import saved_tensors
 from l4q.train import train
 from l4q.train_model import load_model, wrap_model
 from l4q.train_options import TrainOptions
-from runtime_tests.distributed_worker import PROCESSES, SAVED, STEPS, global_options
+from runtime_tests.distributed_worker import PROCESSES, SAVED, STEPS, WARMUP, global_options
 from runtime_tests.train_runs import metrics, rewind, same_checkpoints, write_pairs
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
@@ -104,6 +105,17 @@ def test_two_processes_equal_one(single: TrainOptions, runs: Path, name: str) ->
     assert [line["tokens"] for line in run] == [line["tokens"] for line in reference]
     assert distance(single.out, runs / name) < 1e-3
     assert other_weights(single.out, runs / name) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_again", "fsdp_to_ddp", "ddp_to_fsdp"])
+def test_figures_of_the_grid_are_one_processs(single: TrainOptions, runs: Path, name: str) -> None:
+    """Drift and clipped share of rows that lie on two processes are those of one, and not those of a step before."""
+    for key, near in (("scale_drift", 1e-4), ("clipped", 2e-3)):
+        expected = [line[key] for line in metrics(single.out) if line["step"] > WARMUP]
+        found = {line["step"]: line[key] for line in metrics(runs / name) if key in line}
+        assert list(found) == list(range(WARMUP + 1, STEPS + 1))
+        assert list(found.values()) == pytest.approx(expected, rel=near)
+        assert all(one != pytest.approx(other, rel=10 * near) for one, other in pairwise(expected))
 
 
 def test_other_training_is_noticed(single: TrainOptions, runs: Path, tmp_path: Path) -> None:

@@ -10,13 +10,21 @@ from typing import NamedTuple
 
 import pytest
 
-from exporters.export import export
+from exporters.driver import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import VerificationError
 from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.host import EngineError, RemoteEngine
 from runtime_tests.engines.strays import MARKER, marked
-from runtime_tests.parity import Oracle, ParityOptions, ParityReport, ParityRow, assert_parity, run_oracle, run_target
+from runtime_tests.parity_runs import (
+    Oracle,
+    ParityOptions,
+    ParityReport,
+    ParityRow,
+    assert_parity,
+    run_oracle,
+    run_target,
+)
 from runtime_tests.reliability import record
 from runtime_tests.targets import ParityTarget, detect
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporters.card import update_parity
-from exporters.export import EXPORTERS, export, get_exporter, make_plan
+from exporters.driver import EXPORTERS, export, get_exporter, make_plan
 from exporters.inspect.facts import Grids
 from exporters.inspect.runtimes import of_folder
 from exporters.inspect.show import _code_rows
@@ -139,7 +139,7 @@ def test_formats_and_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch, 
         def plan(*_: object) -> None:
             raise ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir")
 
-    monkeypatch.setattr("exporters.export.get_exporter", lambda name: Late)
+    monkeypatch.setattr("exporters.driver.get_exporter", lambda name: Late)
     with pytest.raises(UsageError, match=r"(?s)got: onnx_ir.*'l4q\[onnx\]'"):
         make_plan(checkpoint, "onnx", ExportOptions())
 

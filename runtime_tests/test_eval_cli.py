@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from exporters.export import export
+from exporters.driver import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.cli_common import status
 from l4q.errors import UnsupportedError, UsageError

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.card import PARITY_BEGIN, update_parity
 from exporters.cli import FORMATS, command
-from exporters.export import EXPORTERS, export, get_exporter, make_plan
+from exporters.driver import EXPORTERS, export, get_exporter, make_plan
 from exporters.manifest import read_manifest
 from exporters.plan import Exporter, ExportOptions
 from exporters.verify import compare_bits, verify

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from exporters.card import CARD_NAME
 from exporters.cli import command
 from exporters.container import FLOAT16_MAX, widen_packed
-from exporters.export import export, make_plan
+from exporters.driver import export, make_plan
 from exporters.plan import ExportOptions
 from l4q.config import QuantConfig
 from l4q.errors import UnsupportedError

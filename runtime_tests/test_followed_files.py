@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.manifest import MANIFEST_NAME
 from l4q import prefix_hash
 from l4q.file_table import check_files

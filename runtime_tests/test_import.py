@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exporters.export import get_exporter
+from exporters.driver import get_exporter
 from l4q.checkpoint import L4QCheckpoint
 from l4q.cli_common import status
 from l4q.cli_import import command

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from rich.console import Console
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.inspect.cli import command
 from exporters.inspect.counts import count, fold, part_of
 from exporters.inspect.open import open_source

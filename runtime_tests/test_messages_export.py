@@ -16,7 +16,7 @@ import torch
 from exporters.awq.pack import pack_awq
 from exporters.compressed_tensors.pack import unpack_zeros
 from exporters.container import NIBBLES, container_bits
-from exporters.export import export, get_exporter
+from exporters.driver import export, get_exporter
 from exporters.gguf.metadata import model_metadata
 from exporters.gguf.names import architecture_of, architecture_of_file, gguf_names, permuted_heads_of_file
 from exporters.gguf.pack import unpack_q4_0

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from exporters.export import get_exporter
+from exporters.driver import get_exporter
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import InexactError, L4QError, UnsupportedError, UsageError, VerificationError

@@ -14,7 +14,7 @@ import torch
 from exporters import gguf as gguf_exporter
 from exporters import judge
 from exporters.awq import plan as plan_awq
-from exporters.export import get_exporter
+from exporters.driver import get_exporter
 from exporters.gguf.encode import Subject, choose_encoding
 from exporters.inspect.open import open_source
 from exporters.plan import ExportOptions

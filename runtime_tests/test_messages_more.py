@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 
-from exporters.export import export, get_exporter
+from exporters.driver import export, get_exporter
 from exporters.inspect.open import open_source
 from exporters.judge import JUDGES_VARIABLE, read_elsewhere
 from exporters.plan import ExportOptions

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exporters.cli_verify import command as verify_command
-from exporters.export import export
+from exporters.driver import export
 from l4q.config import QuantConfig
 from l4q.errors import UsageError, VerificationError
 from runtime_tests.attacks.entries import ENTRIES

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from exporters.card import CARD_NAME
-from exporters.export import export
+from exporters.driver import export
 from exporters.manifest import read_manifest
 from l4q.checkpoint import L4QCheckpoint
 from l4q.checkpoint_files import CHECKPOINT_MANIFEST

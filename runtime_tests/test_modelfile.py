@@ -12,7 +12,7 @@ import pytest
 from jinja2 import Environment
 from transformers import AutoTokenizer
 
-from exporters.export import export
+from exporters.driver import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig
 from runtime_tests.conftest import CheckpointMaker

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import exporters.onnx as onnx_exporter
 from exporters.cli import command
-from exporters.export import make_plan
+from exporters.driver import make_plan
 from exporters.onnx.family import FAMILIES, parse_config
 from exporters.onnx.hollow import hollow_decoder
 from exporters.onnx.rewrite import find_product

@@ -15,7 +15,7 @@ from onnx import helper
 
 import exporters.onnx as onnx_exporter
 from exporters.cli import command
-from exporters.export import export
+from exporters.driver import export
 from exporters.onnx.optimized import OPTIMIZED_DATA, OPTIMIZED_NAME, check_fused, write_optimized
 from exporters.onnx.pack import pack_uint4, unpack_uint4
 from exporters.plan import ExportOptions, OnnxScales

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporters.export import export
+from exporters.driver import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError, VerificationError
 from runtime_tests.compare import LogprobComparison, ParityStats
 from runtime_tests.conftest import ASSETS, CheckpointMaker
-from runtime_tests.parity import ParityOptions, ParityReport, assert_parity, run_parity
+from runtime_tests.parity_runs import ParityOptions, ParityReport, assert_parity, run_parity
 from runtime_tests.run import read_windows
 from runtime_tests.targets import detect
 from runtime_tests.thresholds import LIMITS, limits_for

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.manifest import MANIFEST_NAME
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
@@ -23,7 +23,7 @@ from runtime_tests.cli_eval import command as eval_command
 from runtime_tests.compare import ParityStats
 from runtime_tests.conftest import ASSETS, CheckpointMaker
 from runtime_tests.evaluation import find_target
-from runtime_tests.parity import Oracle, ParityOptions, ParityReport, ParityRow, assert_parity, run_target
+from runtime_tests.parity_runs import Oracle, ParityOptions, ParityReport, ParityRow, assert_parity, run_target
 from runtime_tests.report import table
 from runtime_tests.report_html.page import render_page
 from runtime_tests.run import check_context

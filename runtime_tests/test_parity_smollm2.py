@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from exporters import gguf as gguf_exporter
-from exporters.export import export
+from exporters.driver import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.errors import VerificationError
@@ -19,7 +19,15 @@ from runtime_tests.compare import LogprobComparison, ParityStats
 from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.host import RemoteEngine
 from runtime_tests.gguf_requantize import requantize
-from runtime_tests.parity import Oracle, ParityOptions, ParityRow, assert_parity, run_oracle, run_parity, run_target
+from runtime_tests.parity_runs import (
+    Oracle,
+    ParityOptions,
+    ParityRow,
+    assert_parity,
+    run_oracle,
+    run_parity,
+    run_target,
+)
 from runtime_tests.report import markdown, report_rows
 from runtime_tests.run import read_windows, update_cards
 from runtime_tests.targets import detect

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from exporters.cli import command
-from exporters.export import export, get_exporter
+from exporters.driver import export, get_exporter
 from exporters.hub import HubError, push, repositories
 from exporters.verify import verify
 from l4q.checkpoint import L4QCheckpoint

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from exporters.driver import EXPORTERS, export, get_exporter
 from exporters.environment import minimal_environment
-from exporters.export import EXPORTERS, export, get_exporter
 from l4q.checkpoint import L4QCheckpoint
 from l4q.checkpoint_files import CHECKPOINT_MANIFEST
 from l4q.config import LoraConfig, QuantConfig

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from exporters.cli import command
-from exporters.export import export, make_plan
+from exporters.driver import export, make_plan
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from exporters.card import update_parity
 from exporters.cli import command as export_command
 from exporters.cli_verify import command
-from exporters.export import export
+from exporters.driver import export
 from exporters.manifest import MANIFEST_NAME, read_manifest
 from l4q.checkpoint import L4QCheckpoint
 from l4q.checkpoint_files import CHECKPOINT_MANIFEST, source_digest

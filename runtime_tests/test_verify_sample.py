@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.card import CARD_NAME
 from exporters.cli import command
-from exporters.export import EXPORTERS, export, get_exporter
+from exporters.driver import EXPORTERS, export, get_exporter
 from exporters.manifest import read_manifest
 from exporters.plan import ExportOptions
 from exporters.verify import SAMPLE_STEP, compare_bits, sample_modules, verify

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint, save_checkpoint
 from l4q.config import QuantConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.files import copy_files

@@ -32,7 +32,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from exporters.export import EXPORTERS
+from exporters.driver import EXPORTERS
 from l4q.cli_common import run
 from tools.bench_export_jobs import Worker, copy_once, export_once, peer_once
 from tools.bench_export_models import MODELS, BenchModel, write_random

@@ -96,7 +96,7 @@ def _begin(packages: str | None, environment: tuple[tuple[str, str], ...]) -> No
 
 def export_once(checkpoint: Path, name: str, out: Path, *, check: bool) -> ExportCost:
     """Export into `out`, which is replaced, and measure."""
-    from exporters.export import export
+    from exporters.driver import export
     from tools.bench_onnx import private_peak
     from tools.measure import peak_resident_bytes, private_bytes, reset_peak
 

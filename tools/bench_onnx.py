@@ -74,7 +74,7 @@ def write_random(folder: Path, layers: int) -> None:
 
 def export_folder(checkpoint: str, out: str) -> dict[str, float]:
     """Export with verification, then let ONNX Runtime save its graph; figures of the export alone."""
-    from exporters.export import export
+    from exporters.driver import export
     from l4q.checkpoint import L4QCheckpoint
 
     began = time.perf_counter()

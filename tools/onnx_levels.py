@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.onnx.pack import MIN_BLOCK, choose_block
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from exporters.export import EXPORTERS, make_plan
+from exporters.driver import EXPORTERS, make_plan
 from exporters.inspect.facts import Grids
 from exporters.plan import ExportOptions, RuntimeSupport
 from l4q.checkpoint import L4QCheckpoint

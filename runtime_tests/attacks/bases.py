@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from exporters.export import export
+from exporters.driver import export
 from exporters.plan import ExportOptions
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig

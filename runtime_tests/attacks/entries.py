@@ -105,7 +105,7 @@ def records(folder: Path, bases: Bases, scratch: Path) -> int:
 
 def verify(folder: Path, bases: Bases, scratch: Path, *, name: str) -> int:
     """The foreign decoders that compare an export with its checkpoint."""
-    from exporters.export import get_exporter
+    from exporters.driver import get_exporter
     from exporters.verify import verify as compare
     from l4q.checkpoint import L4QCheckpoint
     from l4q.errors import VerificationError

@@ -12,7 +12,7 @@ import numpy as np
 from exporters.manifest import read_manifest
 from l4q.checkpoint import L4QCheckpoint
 from runtime_tests.compare import TokenTrace
-from runtime_tests.parity import ParityReport, ParityRow
+from runtime_tests.parity_runs import ParityReport, ParityRow
 from runtime_tests.report_html.causes import problems
 from runtime_tests.report_html.measured import MEASURES
 from runtime_tests.report_html.weight_error import weight_errors

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from exporters.export import export
+from exporters import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.importing import ImportOptions, import_model
 

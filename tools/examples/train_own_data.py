@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from exporters.export import export
+from exporters import export
 from l4q.checkpoint import L4QCheckpoint
 from l4q.config import LoraConfig, QuantConfig
 from l4q.train import train

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporters.export import EXPORTERS, get_exporter
+from exporters.driver import EXPORTERS, get_exporter
 from exporters.verify import verify
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import L4QError, VerificationError
