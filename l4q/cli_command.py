@@ -20,10 +20,11 @@ from l4q.cli_common import NOTHING_LEFT
 from l4q.errors import L4QError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console
 
 # keys of click's Context.meta
-QUIET, VERBOSE, STDOUT = "l4q.quiet", "l4q.verbose", "l4q.stdout"
+QUIET, VERBOSE, STDOUT, OPEN = "l4q.quiet", "l4q.verbose", "l4q.stdout", "l4q.open"
 HUB_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
 
@@ -64,7 +65,14 @@ class CommandLine(click.Command):
                 else:
                     current = None
             words.append(word)
+        ctx.meta[OPEN] = spread.get(current or "")
         return super().parse_args(ctx, words)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click's, and further values of an option that takes several and stands last."""
+        option: click.Option | None = ctx.meta.get(OPEN)
+        more = option.shell_complete(ctx, incomplete) if option and not incomplete.startswith("-") else []
+        return more + super().shell_complete(ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; with --json whatever else is printed goes to stderr."""

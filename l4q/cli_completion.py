@@ -18,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish")
     "completion",
     examples=(
         'eval "$(l4q completion bash)"    # a line for ~/.bashrc; ~/.zshrc: zsh',
-        "l4q completion fish > ~/.config/fish/completions/l4q.fish",
+        "l4q completion fish > ~/.config/fish/conf.d/l4q.fish",
     ),
 )
 @click.argument("shell", type=click.Choice(SHELLS), required=False)

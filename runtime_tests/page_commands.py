@@ -15,6 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:l4q-[a-z]+|python -m (?:tools|runtime_tests|l4q)\.)[^`]*)`")
 OURS = re.compile(r"\b(?:(l4q-[a-z]+)|-m ((?:tools|runtime_tests|l4q|exporters)\.[\w.]+))(?=[\s)]|$)([^\n]*)")
+TARGET = re.compile(r"""\]\(([^)\s#]+)[^)]*\)|\b(?:src|srcset)="([^"#]+)""")
 # First words of lines that are commands; a block without a language is one of commands if all its lines start so.
 PROGRAMS = ("make", "pip", "python", "python3.11", "cat", "cp", "export", ".", "git", "cd", "torchrun", "accelerate")
 
@@ -52,6 +53,12 @@ def invocations(page: Path) -> list[tuple[str, list[str]]]:
             own = re.split(r"\s#\s|&&|\||;", rest)[0]
             found.append((script or module, re.findall(r"(?<![\w-])(--[a-z][\w-]*)", own)))
     return found
+
+
+def relative_targets(page: Path) -> list[str]:
+    """Where a page's links and pictures lead, without anchors; links to other hosts are left out."""
+    found = ["".join(groups) for groups in TARGET.findall(FENCE.sub("", page.read_text(encoding="utf-8")))]
+    return [target for target in found if "://" not in target]
 
 
 def scripts() -> dict[str, str]:

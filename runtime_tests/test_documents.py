@@ -114,6 +114,24 @@ def test_every_option_on_a_page_exists(page: Path) -> None:
     assert [(name, options) for name, options in wrong if options] == []
 
 
+@pytest.mark.parametrize("page", [README, *sorted(pages.PROJECT.glob("[CS]*.md"))], ids=lambda page: page.name)
+def test_links_and_pictures_outside_the_site_are_there(page: Path) -> None:
+    """What README.md and its neighbours link to or show is in the repository; the site's own check has the rest."""
+    targets = pages.relative_targets(page)
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+    if page == README:
+        assert {"docs/images/report-light.png", "docs/images/report-dark.png"} <= set(targets)
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    """The twin: links and pictures are found in Markdown and in HTML, other hosts and anchors are not asked for."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        '[a](gone.md#x) ![b](b.png) <img src="c.png" alt=""> <source srcset="d.png"> [e](https://e.org) [f](#f)'
+    )
+    assert pages.relative_targets(page) == ["gone.md", "b.png", "c.png", "d.png"]
+
+
 def test_a_wrong_option_on_a_page_is_seen(tmp_path: Path) -> None:
     """The check of options finds one that does not exist, in a block and in a sentence."""
     page = tmp_path / "page.md"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from l4q.errors import UsageError
 from runtime_tests.browser import Browser, find_browser
 from runtime_tests.report_html.page import render_page
 from runtime_tests.report_runs import Reports
 from runtime_tests.test_report_html import HOSTILE, hostile_report
+from tools import screenshot
 
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
 
@@ -110,6 +114,32 @@ def test_keyboard_and_screen_reader(browser: Browser, reports: Reports) -> None:
     assert all(named["region"])
     assert "Passed" in named["heading"][0]
     assert len(named["columnheader"]) > 20
+
+
+def png_size(path: Path) -> tuple[int, ...]:
+    """Width and height in the header of a PNG."""
+    return struct.unpack(">II", path.read_bytes()[16:24])
+
+
+def test_the_pictures_of_the_documents_are_drawn(reports: Reports, tmp_path: Path) -> None:
+    """tools.screenshot draws a report in both colours as large as those stored, which are light enough for a README."""
+    done = CliRunner().invoke(screenshot.command, [str(reports.good / "report.json"), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    light, dark = (tmp_path / f"report-{scheme}.png" for scheme in screenshot.SCHEMES)
+    stored = sorted(screenshot.FOLDER.glob("*.png"))
+    assert [path.name for path in stored] == [dark.name, light.name]
+    assert {png_size(path) for path in (light, dark, *stored)} == {(screenshot.WIDTH, screenshot.HEIGHT)}
+    assert light.read_bytes() != dark.read_bytes()
+    assert all(path.stat().st_size < 250_000 for path in stored)
+
+
+def test_pictures_show_no_folder_of_the_machine(reports: Reports) -> None:
+    """Paths start below the folder they share, so that a picture tells nothing of where it was made."""
+    report = screenshot.below_shared_folder(reports.data("good"))
+    assert report["checkpoint"]
+    assert str(reports.good.parent) in json.dumps(reports.data("good"))
+    assert str(reports.good.parent) not in render_page(report)
+    assert screenshot.below_shared_folder({"checkpoint": "a", "rows": []}) == {"checkpoint": "a", "rows": []}
 
 
 def test_it_prints(browser: Browser, reports: Reports) -> None:

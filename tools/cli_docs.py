@@ -59,8 +59,10 @@ out = "exports"
 ```
 echo 'eval "$(l4q completion bash)"' >> ~/.bashrc            # bash 4.4 or later
 echo 'eval "$(l4q completion zsh)"' >> ~/.zshrc              # after compinit
-l4q completion fish > ~/.config/fish/completions/l4q.fish
+l4q completion fish > ~/.config/fish/conf.d/l4q.fish         # completions/ would be read for `l4q` alone
 ```
+
+The tests complete in bash and speak the other shells' protocols; in zsh 5.9 and fish 3.6.0 it was tried by hand.
 
 ### Exit codes
 
