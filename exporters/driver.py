@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -97,6 +98,7 @@ def export(
     wait: bool = False,
     check: VerifyMode = "full",
     progress: Progress = lambda stage, total, tensor: None,
+    plan: ExportPlan | None = None,
 ) -> ExportResult:
     """Export a checkpoint to one format.
 
@@ -112,6 +114,7 @@ def export(
         check: Read the result back with foreign decoders before it gets its final name: "full" every module, "sample"
             those of `sample_modules`, "none" nothing.
         progress: Called after each tensor.
+        plan: What `make_plan` has given for this checkpoint, format and options; made here if None.
 
     Raises:
         UsageError: The folder exists, or the checkpoint's values are damaged, or it was replaced meanwhile.
@@ -125,7 +128,7 @@ def export(
     checkpoint = checkpoint if isinstance(checkpoint, L4QCheckpoint) else L4QCheckpoint.open(checkpoint)
     target = Path(out)
     refuse_existing(target, overwrite=overwrite)
-    plan = make_plan(checkpoint, name, options)
+    plan = plan or make_plan(checkpoint, name, options)
     job = _Job(checkpoint, plan, get_exporter(name), options, check, progress)
     with staged_folder(target, overwrite=overwrite, resume=resume, wait=wait) as stage:
         report = job.run(stage)
@@ -171,7 +174,8 @@ class _Job:
         def advance(tensor: str) -> None:
             self.progress("write", len(self.plan.tensors), tensor)
 
-        self.exporter.write(self.checkpoint, self.plan, stage, self.options, advance, journal)
+        with _one_torch_thread():
+            self.exporter.write(self.checkpoint, self.plan, stage, self.options, advance, journal)
         sync_tree(stage)
         journal.add_rest(stage)
 
@@ -190,6 +194,19 @@ class _Job:
                 remedy="this is a defect of l4q: please report it with the model's config.json",
             )
         return report
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Casts of a few MiB gain nothing from threads of torch's own, which wait spinning, while hashing needs a core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from l4q.checkpoint import L4QCheckpoint
 from l4q.errors import UsageError
+from l4q.prefix_hash import Advance, ignore
 from l4q.shard_layout import MAX_SHARD_BYTES
 
 GptqFormat = Literal["gptq", "gptq_v2"]
@@ -165,7 +166,7 @@ class FileRecord(Protocol):
     def finished(self, name: str) -> bool:
         """Whether this file is complete already."""
 
-    def follow(self, part: Path, name: str) -> Callable[[int], None]:
+    def follow(self, part: Path, name: str) -> Advance:
         """Hash a file while it is being written: call the result with the end of what will not change any more."""
 
     def add(self, path: Path) -> None:
@@ -179,9 +180,9 @@ class _NothingDone:
         """No file is."""
         return False
 
-    def follow(self, part: Path, name: str) -> Callable[[int], None]:
+    def follow(self, part: Path, name: str) -> Advance:
         """Nobody asks for the hash."""
-        return lambda end: None
+        return ignore
 
     def add(self, path: Path) -> None:
         """Nobody asks."""

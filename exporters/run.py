@@ -60,7 +60,7 @@ def run_export(arguments: dict[str, Any], *, table: bool = False) -> dict[str, A
         return {name: plan_summary(plan) for name, plan in plans.items()}
     results = {}
     for name in formats:
-        results[name] = _export_with_bar(checkpoint, name, out / name, options, arguments)
+        results[name] = _export_with_bar(checkpoint, name, plans[name], options, arguments)
     if table:
         _print_results(results)
     summaries = {name: _result_summary(result) for name, result in results.items()}
@@ -142,7 +142,7 @@ def print_plan(plan: ExportPlan) -> None:
 
 
 def _export_with_bar(
-    checkpoint: L4QCheckpoint, name: str, folder: Path, options: ExportOptions, arguments: dict[str, Any]
+    checkpoint: L4QCheckpoint, name: str, plan: ExportPlan, options: ExportOptions, arguments: dict[str, Any]
 ) -> ExportResult:
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=progress_console()) as bars:
@@ -156,13 +156,14 @@ def _export_with_bar(
         return export(
             checkpoint,
             name,
-            folder,
+            arguments["out"] / name,
             options,
             overwrite=arguments["overwrite"],
             resume=arguments["resume"],
             wait=arguments["wait"],
             check=arguments["verify"],
             progress=advance,
+            plan=plan,
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from l4q.durable import sync_folder
 from l4q.file_table import FileFacts, FileTable, file_facts, list_files, read_table
-from l4q.prefix_hash import PrefixHash
+from l4q.prefix_hash import Advance, PrefixHash
 
 JOURNAL_NAME = ".l4q_journal.jsonl"
 
@@ -70,7 +70,7 @@ class Journal:
         """Whether an earlier process had completed this file."""
         return name in self._table
 
-    def follow(self, part: Path, name: str) -> Callable[[int], None]:
+    def follow(self, part: Path, name: str) -> Advance:
         """Hash a file while it is being written.
 
         Args:
@@ -78,7 +78,8 @@ class Journal:
             name: The name under which it will be added.
 
         Returns:
-            To be called with the end of what is written and will not change any more, as often as one likes.
+            To be called with the end of what is written and will not change any more, as often as one likes, and with
+            the last of it.
         """
         if name in self._followed:
             self._followed[name].close()
@@ -116,8 +117,9 @@ class Journal:
         for followed in self._followed.values():
             followed.close()
 
-    def _submit(self, task: Callable[[], None]) -> None:
+    def _submit(self, task: Callable[[], None]) -> Future[None]:
         self._tasks.append(self._pool.submit(task))
+        return self._tasks[-1]
 
     def _record(self, path: Path) -> None:
         name = path.name

@@ -7,14 +7,17 @@ come: it keeps them in a file beside the shard and puts them in order when the s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from l4q.ahead import made_ahead
 from l4q.errors import UsageError
+from l4q.prefix_hash import Advance, ignore
 from l4q.shard_layout import INDEX, MAX_SHARD_BYTES, ShardLayout, TensorSpec, Unit, index_json, shard_name
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ def write_shards(
     produce: Producer,
     *,
     finished: Callable[[ShardLayout], bool] = lambda layout: False,
-    follow: Callable[[Path, str], Callable[[int], None]] = lambda part, name: lambda end: None,
+    follow: Callable[[Path, str], Advance] = lambda part, name: ignore,
     on_shard: Callable[[Path], None] = lambda path: None,
 ) -> None:
     """Write the planned files and, if there are several, their index.
@@ -42,7 +45,8 @@ def write_shards(
     Args:
         folder: An existing folder.
         layouts: From `plan_shards`.
-        produce: Called once per unit: shard after shard, in the order in which the shard's file holds the units.
+        produce: Called once per unit: shard after shard, in the order in which the shard's file holds the units, by a
+            thread that runs ahead of the writing. What it yields must stay as it is.
         finished: Whether an earlier call has completed a shard already; its units are not produced again.
         follow: Called with the file in the making and its final name; what it returns is told how much is final.
         on_shard: Called with the path of every shard this call has completed.
@@ -58,17 +62,19 @@ def write_shards(
         (folder / INDEX).write_text(index_json(layouts), encoding="utf-8")
 
 
-def _write_shard(
-    folder: Path, layout: ShardLayout, produce: Producer, follow: Callable[[Path, str], Callable[[int], None]]
-) -> Path:
+def _write_shard(folder: Path, layout: ShardLayout, produce: Producer, follow: Callable[[Path, str], Advance]) -> Path:
     part, final = folder / f".{layout.file_name}.part", folder / layout.file_name
     with open(part, "wb", buffering=0) as file:
         shard = _ShardFile(file.fileno(), layout, follow(part, layout.file_name))
         for tensor in layout.tensors:
             if tensor.constant:
                 shard.put(tensor, np.frombuffer(tensor.constant, dtype=np.uint8))
-        for unit in sorted(layout.units, key=lambda unit: _first_place(layout, unit)):
-            _write_unit(shard, unit, produce(unit.name))
+        units = sorted(layout.units, key=lambda unit: _first_place(layout, unit))
+        with made_ahead(_pieces(units, produce), lambda piece: piece.values.nbytes) as pieces:
+            for piece in pieces:
+                _write_piece(shard, piece)
+        for tensor in layout.tensors:
+            shard.require_whole(tensor)
         os.fsync(file.fileno())
     part.rename(final)
     return final
@@ -82,7 +88,7 @@ def _first_place(layout: ShardLayout, unit: Unit) -> int:
 class _ShardFile:
     """A file that is filled in any order, and how far from its beginning it is final."""
 
-    def __init__(self, file: int, layout: ShardLayout, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: int, layout: ShardLayout, advance: Advance) -> None:
         self._file = file
         self._layout = layout
         self._advance = advance
@@ -99,9 +105,10 @@ class _ShardFile:
         written = self._written[tensor.name]
         if written + data.nbytes > tensor.nbytes:
             raise _wrong_size(tensor, written + data.nbytes)
-        write_at(self._file, data, self._layout.offsets[tensor.name] + written)
+        start = self._layout.offsets[tensor.name] + written
+        write_at(self._file, data, start)
         self._written[tensor.name] += data.nbytes
-        self._advance(self._final())
+        self._advance(self._final(), start, data)
 
     def require_whole(self, tensor: TensorSpec) -> None:
         """Check that all of a tensor is written.
@@ -122,17 +129,30 @@ class _ShardFile:
         return self._layout.offsets[tensors[self._whole].name] + self._written[tensors[self._whole].name]
 
 
-def _write_unit(shard: _ShardFile, unit: Unit, pieces: Iterable[tuple[str, npt.NDArray[Any] | torch.Tensor]]) -> None:
-    """Put every piece where its tensor's last piece ended."""
-    planned = {tensor.name: tensor for tensor in unit.tensors}
-    for name, values in pieces:
-        if name not in planned:
-            raise UsageError("a tensor is not in the plan", where=unit.name, got=name, expected=sorted(planned))
-        if dtype_word(values) != planned[name].dtype:
-            raise UsageError("not the planned dtype", where=name, got=dtype_word(values), expected=planned[name].dtype)
-        shard.put(planned[name], as_bytes(values))
-    for tensor in unit.tensors:
-        shard.require_whole(tensor)
+@dataclass(frozen=True)
+class _Piece:
+    """Values of a unit's tensor that follow those before."""
+
+    unit: Unit
+    name: str
+    values: npt.NDArray[Any] | torch.Tensor
+
+
+def _pieces(units: Iterable[Unit], produce: Producer) -> Iterator[_Piece]:
+    for unit in units:
+        for name, values in produce(unit.name):
+            yield _Piece(unit, name, values)
+
+
+def _write_piece(shard: _ShardFile, piece: _Piece) -> None:
+    """Put a piece where its tensor's last piece ended."""
+    planned = {tensor.name: tensor for tensor in piece.unit.tensors}
+    if piece.name not in planned:
+        raise UsageError("a tensor is not in the plan", where=piece.unit.name, got=piece.name, expected=sorted(planned))
+    tensor, dtype = planned[piece.name], dtype_word(piece.values)
+    if dtype != tensor.dtype:
+        raise UsageError("not the planned dtype", where=piece.name, got=dtype, expected=tensor.dtype)
+    shard.put(tensor, as_bytes(piece.values))
 
 
 class ShardWriter:

@@ -20,9 +20,10 @@ from l4q.k_grids import SUPERBLOCK
 from l4q.packed_weight import PackedWeight
 
 _WORD = 8
-_LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
-_HIGH = np.uint64(0xF0F0F0F0F0F0F0F0)
-_FOUR = np.uint64(4)
+_LOW_NIBBLES = np.uint16(0x0F0F)
+_HIGH_BYTE = np.uint16(4)
+"""How far a byte's high nibble is from the low nibble of the next byte."""
+_NIBBLE = np.uint64(4)
 
 _Q4_0 = np.dtype([("d", "<f2"), ("qs", "V16")])
 _Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "V16")])
@@ -57,18 +58,16 @@ def paired(fields: U8, half: int) -> U8:
     Returns:
         uint8 [rows, columns / 2].
     """
-    rows, size = fields.shape
-    count = half // 2 // _WORD  # words of half a block
-    words = np.ascontiguousarray(fields).view(np.uint64).reshape(rows, -1, 2, count)  # [rows, blocks, half, words]
-    even, odd = np.empty((2, rows, words.shape[1], count), dtype=np.uint64)
+    wide = fields.astype(np.uint16)  # two codes a byte, then one
+    wide |= wide << _HIGH_BYTE
+    wide &= _LOW_NIBBLES
+    count = half // _WORD  # words of half a block
+    words = wide.view(np.uint64).reshape(len(fields), -1, 2, count)  # [rows, blocks, half, words]
+    result = np.empty((len(fields), words.shape[1], count), dtype=np.uint64)
     for word in range(count):
-        low, high = words[:, :, 0, word], words[:, :, 1, word]  # codes j and j + 1; codes j + half and j + 1 + half
-        even[:, :, word] = (low & _LOW) | ((high << _FOUR) & _HIGH)
-        odd[:, :, word] = ((low >> _FOUR) & _LOW) | (high & _HIGH)
-    result = np.empty((rows, size), dtype=np.uint8)
-    result[:, 0::2] = even.view(np.uint8).reshape(rows, -1)
-    result[:, 1::2] = odd.view(np.uint8).reshape(rows, -1)
-    return result
+        np.left_shift(words[:, :, 1, word], _NIBBLE, out=result[:, :, word])
+        result[:, :, word] |= words[:, :, 0, word]
+    return result.reshape(len(fields), -1).view(np.uint8)
 
 
 def _q4_0(weight: PackedWeight) -> U8:

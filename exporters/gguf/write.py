@@ -19,9 +19,11 @@ from exporters.gguf.names import architecture_of, permute_rows, permuted_heads, 
 from exporters.gguf.plan import ROPE_SOURCE, file_name, main_encoding, model_name
 from exporters.gguf.vocab import Vocabulary, read_vocabulary
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord, PlannedTensor
+from l4q.ahead import made_ahead
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import sync_file
 from l4q.errors import UnsupportedError, UsageError
+from l4q.prefix_hash import Advance
 
 Data = npt.NDArray[np.generic]
 
@@ -103,7 +105,7 @@ def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
 class _Pieces:
     """What `GGUFWriter.write_tensor_data` asks of an array, for a tensor that never is in memory as a whole."""
 
-    def __init__(self, pieces: Iterator[Data], nbytes: int, advance: Callable[[int], None]) -> None:
+    def __init__(self, pieces: Iterator[Data], nbytes: int, advance: Advance) -> None:
         self.nbytes = nbytes
         self._pieces = pieces
         self._advance = advance
@@ -115,12 +117,14 @@ class _Pieces:
             UsageError: There are more or fewer than planned.
         """
         written = 0
-        for piece in self._pieces:
-            data = np.ascontiguousarray(piece)
-            file.write(data.data)
-            written += data.nbytes
-            file.flush()
-            self._advance(file.tell())
+        with made_ahead(self._pieces, lambda piece: piece.nbytes) as pieces:
+            for piece in pieces:
+                data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+                file.write(data.data)
+                written += data.nbytes
+                file.flush()
+                end = file.tell()
+                self._advance(end, end - data.nbytes, data)
         if written != self.nbytes:
             raise UsageError("a tensor is not as large as planned", got=f"{written} bytes", expected=self.nbytes)
 

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from l4q.ahead import made_ahead
+
 Attribute = int | float | str | Sequence[int]
 
 
@@ -30,14 +32,16 @@ class Pieces(ir.LazyTensor):
     ) -> None:
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self._read = read
-        self.on_piece: Callable[[Any], None] = lambda file: None
-        """Called after each piece with the file, whose position is its end."""
+        self.on_piece: Callable[[Any, npt.NDArray[np.uint8]], None] = lambda file, data: None
+        """Called after each piece with the file, whose position is its end, and its bytes."""
 
     def tofile(self, file: Any) -> None:
         """Write its bytes to an open file."""
-        for piece in self._read():
-            file.write(np.ascontiguousarray(piece).data)
-            self.on_piece(file)
+        with made_ahead(self._read(), lambda piece: piece.nbytes) as pieces:
+            for piece in pieces:
+                data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+                file.write(data.data)
+                self.on_piece(file, data)
 
     def _whole(self) -> ir.TensorProtocol:
         data = np.concatenate([np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in self._read()])

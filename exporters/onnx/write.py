@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
@@ -17,6 +19,7 @@ from exporters.onnx.source import choose_source
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import sync_file
+from l4q.prefix_hash import Advance
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -99,11 +102,12 @@ class _DataFile:
 
     def __init__(self, record: FileRecord) -> None:
         self._record = record
-        self._advance: Callable[[int], None] | None = None
+        self._advance: Advance | None = None
 
-    def grew(self, file: BinaryIO) -> None:
-        """Say how far it is written."""
+    def grew(self, file: BinaryIO, data: npt.NDArray[np.uint8]) -> None:
+        """Say how far it is written, and what was written last."""
         file.flush()
         if self._advance is None:
             self._advance = self._record.follow(Path(file.name), DATA_NAME)
-        self._advance(file.tell())
+        end = file.tell()
+        self._advance(end, end - data.nbytes, data)
