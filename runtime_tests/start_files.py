@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,18 @@ def requantized(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> 
 def is_linear(name: str) -> bool:
     """Whether a module is one of a block's linears."""
     return name.endswith(LINEARS)
+
+
+def hub_cache(folder: Path, name: str, cache: Path) -> Path:
+    """Put a model folder where the hub's client keeps what it has downloaded; the folder there."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    place = cache / f"models--{name.replace('/', '--')}"
+    snapshot = shutil.copytree(folder, place / "snapshots" / revision, symlinks=True)
+    (place / "blobs").mkdir()
+    for path in sorted(file for file in snapshot.rglob("*") if file.is_file() and not file.is_symlink()):
+        blob = place / "blobs" / path.relative_to(snapshot).as_posix().replace("/", "-")
+        path.rename(blob)
+        path.symlink_to(Path(os.path.relpath(blob, path.parent)))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(revision)
+    return snapshot
