@@ -172,7 +172,8 @@ def hub_cache(folder: Path, name: str, cache: Path) -> Path:
     """Put a model folder where the hub's client keeps what it has downloaded; the folder there."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     place = cache / f"models--{name.replace('/', '--')}"
-    snapshot = shutil.copytree(folder, place / "snapshots" / revision, symlinks=True)
+    snapshot = place / "snapshots" / revision
+    shutil.copytree(folder, snapshot, symlinks=True, copy_function=_copy_or_link)
     (place / "blobs").mkdir()
     for path in sorted(file for file in snapshot.rglob("*") if file.is_file() and not file.is_symlink()):
         blob = place / "blobs" / path.relative_to(snapshot).as_posix().replace("/", "-")
@@ -181,3 +182,10 @@ def hub_cache(folder: Path, name: str, cache: Path) -> Path:
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(revision)
     return snapshot
+
+
+def _copy_or_link(source: str, target: str) -> None:
+    if Path(source).is_file():
+        shutil.copy2(source, target)
+    else:
+        os.link(source, target)  # a pipe
