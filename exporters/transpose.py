@@ -69,7 +69,7 @@ def transposed_nibbles(
             squares = _transposed_squares(rows[:, order].transpose(1, 0, 2))
             for position, square in enumerate(squares ^ mask if flip else squares):
                 piece[:, position, strip] = square.T
-        yield piece.reshape(-1, groups)[: max(0, columns - chosen.start * _NIBBLES)]
+        yield piece.reshape(-1, groups)[: columns - chosen.start * _NIBBLES]
 
 
 def _transposed_squares(lines: U32) -> U32:
