@@ -154,3 +154,35 @@ def test_gradients_of_scales_are_multiplied() -> None:
     result.backward(torch.tensor([4.0, 8.0]))
     assert value.grad is not None
     assert value.grad.tolist() == [1.0, 2.0]
+
+
+def test_the_smallest_integers_of_a_k_grid() -> None:
+    """Scales down to one unit and mins down to none keep their integers."""
+    quant = QuantConfig(group_size=32, zero_point="float", scale_grid="q4_k")
+    scales = torch.tensor([[63.0, 1, 2, 3, 4, 5, 6, 62]]) * 2.0**-12
+    mins = torch.tensor([[-63.0, 0, -1, -2, 0, -5, -6, -62]]) * 2.0**-10
+    frozen = freeze_weight(
+        torch.zeros(1, 256),
+        LoraUpdate(torch.zeros(1, 256), torch.zeros(1, 1), 1.0),
+        GridParams(scales, mins, -mins / scales),
+        quant,
+    )
+    assert frozen.sub_scales is not None
+    assert frozen.sub_mins is not None
+    assert (frozen.scales.tolist(), frozen.sub_scales.tolist()) == ([[2.0**-12]], [[63, 1, 2, 3, 4, 5, 6, 62]])
+    assert (frozen.mins is not None, frozen.sub_mins.tolist()) == (True, [[63, 0, 1, 2, 0, 5, 6, 62]])
+
+
+def test_half_precision_weights_and_whole_rows() -> None:
+    """A 16-bit W0 is merged in the dtype of the scales; a group of the whole row is as long as the row."""
+    weight, update, params, quant = problem("integer", 4)
+    low = weight.to(torch.bfloat16)
+    assert torch.equal(low.float(), weight)
+    found = fake_quantize(low, update, params, quant.max_code)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, fake_quantize(weight, update, params, quant.max_code))
+    codes = freeze_weight(low, update, params, quant).codes
+    assert np.array_equal(codes, freeze_weight(weight, update, params, quant).codes)
+    whole = QuantConfig(group_size=-1, zero_point="integer")
+    first = GridParams(*(part[:, :1] for part in params))
+    assert freeze_weight(weight, update, first, whole).group_size == COLUMNS

@@ -10,7 +10,8 @@ import torch
 
 from exporters import transpose
 from exporters.compressed_tensors.pack import pack_zeros, unpack_zeros
-from exporters.gguf import pack, pack_k
+from exporters.gguf import encode_packed, pack, pack_k
+from exporters.gguf.encode import encoded_nbytes
 from exporters.gptq.pack import decode_zeros, encode_zeros
 from exporters.onnx.pack import _group_bias as group_bias
 from exporters.onnx.pack import (
@@ -24,9 +25,11 @@ from exporters.onnx.pack import (
 )
 from exporters.transpose import as_words
 from exporters.words import pack_rows, unpack_rows
-from l4q.config import QuantConfig
+from l4q import packed_weight
+from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UsageError
 from l4q.packed_weight import PackedWeight
+from l4q.weight import QuantizedWeight
 from runtime_tests.random_models import random_weight
 
 
@@ -160,3 +163,38 @@ def test_rows_that_do_not_fill_words_of_onnx() -> None:
         packed = PackedWeight.of(random_weight((rows, 32), QuantConfig(group_size=32), rows))
         found = b"".join(np.ascontiguousarray(piece).tobytes() for piece in code_pieces(packed, signed=True))
         assert found == pack_linear_codes(packed.unpack(), signed=True).tobytes()
+
+
+def test_rows_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as there may be codes, at least one."""
+    packed = PackedWeight.of(random_weight((5, 32), QuantConfig(group_size=32), 0))
+    for codes, sizes in ((64, [2, 2, 1]), (95, [2, 2, 1]), (1, [1] * 5), (32, [1] * 5), (160, [5])):
+        monkeypatch.setattr(packed_weight, "PIECE_CODES", codes)
+        assert [rows.stop - rows.start for rows in packed.row_slices()] == sizes
+
+
+def test_codes_that_stay_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q4_0 of symmetric codes, Q4_1 and Q4_K go from bytes to bytes; a zero-point moves Q4_0's codes one by one."""
+
+    def refuse(weight: QuantizedWeight, encoding: str) -> np.ndarray:
+        raise AssertionError(encoding)
+
+    kinds: tuple[ZeroPoint, ...] = ("none", "integer", "float")
+    weights = {
+        kind: PackedWeight.of(random_weight((3, 256), QuantConfig(zero_point=kind, group_size=256), 0))
+        for kind in kinds
+    }
+    monkeypatch.setattr(encode_packed, "encode", refuse)
+    direct: list[tuple[ZeroPoint, str]] = [
+        ("none", "Q4_0"),
+        ("integer", "Q4_1"),
+        ("float", "Q4_1"),
+        ("integer", "Q4_K"),
+    ]
+    others: list[tuple[ZeroPoint, str]] = [("integer", "Q4_0"), ("none", "Q5_0"), ("none", "F32")]
+    for kind, encoding in direct:
+        (rows,) = encode_packed.encode_pieces(weights[kind], encoding)
+        assert rows.shape == (3, encoded_nbytes((1, 256), encoding))
+    for kind, encoding in others:
+        with pytest.raises(AssertionError, match=encoding):
+            next(encode_packed.encode_pieces(weights[kind], encoding))
