@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import gguf
+import gguf.quants
 import numpy as np
 import pytest
 
@@ -62,6 +64,7 @@ CHOICES = [
     (INTEGER, "Q4_K", "Q4_K", EXACT, "dmin = d, mn = z"),
     (Q3_K, "auto", "Q3_K", EXACT, "d and sc as trained"),
     (TWO, "Q3_K", "Q3_K", EXACT, "d and sc as trained"),
+    (TWO, "auto", "Q4_0", EXACT, "stored code is q - z + 8"),
     (Q3_K, "F32", "F32", EXACT, "dequantized on request"),
     (FLOAT, "F32", "F32", EXACT, "dequantized on request"),
 ]
@@ -71,6 +74,13 @@ CHOICES = [
 def test_choices(weight: QuantizedWeight, requested: str, name: str, fidelity: Fidelity, reason: str) -> None:
     """The whole of the plan's entry."""
     assert judged(weight, requested) == Encoding(name=name, fidelity=fidelity, reason=reason)
+
+
+def test_choices_decode_to_the_weight() -> None:
+    """gguf-py reads what is called exact as the weight itself; the one that rounds is off."""
+    for weight, _, name, fidelity, _ in CHOICES:
+        decoded = gguf.quants.dequantize(encode(weight, name), gguf.GGMLQuantizationType[name])
+        assert np.array_equal(decoded, weight.dequantize()) == (fidelity is EXACT), name
 
 
 OFF = ("in_features 64 is no multiple of 256", "a K grid, or groups of whole superblocks", "use --gguf-type auto")

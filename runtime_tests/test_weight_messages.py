@@ -86,7 +86,10 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         changed(Q4_K, mins=None),
         weight("sub_mins", "sub_mins without sub_scales and mins, or the reverse", "all three or none"),
     ),
-    "k mins": (changed(Q4_K, mins=f16(2, 1, value=1)), weight("mins", "values above 0", "values <= 0 on a K grid")),
+    "k mins": (
+        changed(Q4_K, mins=f16(2, 1, value=2.0**-24)),
+        weight("mins", "values above 0", "values <= 0 on a K grid"),
+    ),
     "k grid group": (
         changed(Q4_K, group_size=64),
         weight(
@@ -168,3 +171,18 @@ def test_refusals_say_everything(case: str) -> None:
     with pytest.raises(L4QError) as caught:
         action()
     assert str(caught.value) == expected
+
+
+def test_the_ends_of_the_ranges_are_taken() -> None:
+    """The least and the greatest of every field."""
+    for bits in (2, 3, 4):
+        top = (1 << bits) - 1
+        for code, zero in ((0, 1), (top, top)):
+            changed(INTEGER, bits=bits, codes=u8(2, 64, value=code), zeros=u8(2, 2, value=zero))()
+    for value in (2.0**-24, 65504.0):
+        changed(FLOAT, scales=f16(2, 2, value=value), mins=f16(2, 2, value=-value))()
+        changed(FLOAT, mins=f16(2, 2, value=value))()
+    for sub_scale, sub_min, least in ((1, 0, 0.0), (63, 63, -65504.0)):
+        sub_scales, sub_mins = u8(2, 8, value=sub_scale), u8(2, 8, value=sub_min)
+        changed(Q4_K, sub_scales=sub_scales, sub_mins=sub_mins, mins=f16(2, 1, value=least))()
+    changed(Q3_K, sub_scales=u8(2, 16, value=31))()
