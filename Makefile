@@ -106,15 +106,17 @@ coverage: assets judges browser ## every test with line and branch coverage of l
 mutation: venv ## mutants of the packers and the quantizer; make mutation MUTANTS='exporters.words*' for some
 	@$(BIN)/python -m pip install --quiet --no-deps --target build/mutation mutmut==3.8.1 libcst==1.9.0
 	@PYTHONPATH=build/mutation $(BIN)/python -m mutmut run --max-children 1 $(MUTANTS)
+	@$(BIN)/python -m tools.mutants_table
 
 minimum: venv ## unit tests with the oldest versions that pyproject.toml admits
 	@$(BIN)/python -m tools.minimum
 
-fuzz: venv ## 100,000 damaged inputs for every parser, recorded for docs/reliability.md (hours)
+fuzz: venv ## 100,000 damaged inputs for every parser, recorded in docs/results/fuzz.json (half an hour and more)
 	@$(BIN)/python -m tools.fuzz --record
 
-reliability: venv ## put what the last test run injected into docs/reliability.md
+reliability: venv ## put what the last runs injected and covered into docs/reliability.md
 	@$(BIN)/python -m tools.reliability --write docs/reliability.md
+	@if [ -f .coverage ]; then $(BIN)/python -m tools.reliability --coverage .coverage --write docs/reliability.md; fi
 
 lock: venv ## rewrite requirements.lock from pyproject.toml
 	@$(BIN)/python -m tools.lock

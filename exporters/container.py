@@ -59,11 +59,10 @@ def widen_packed(weight: PackedWeight, width: int) -> PackedWeight:
         UnsupportedError: The weight has float mins, or values beyond the float16 its kernels compute in.
     """
     _refuse_overflow(weight)
-    zeros = weight.zeros if weight.zero_point == "none" else weight.integer_zeros()
     if weight.bits == width:
         return weight
     shift = (1 << (width - 1)) - (1 << (weight.bits - 1)) if weight.zero_point == "none" else 0
-    return replace(weight, packed=weight.fields(width, shift), zeros=zeros, bits=width)
+    return replace(weight, packed=weight.fields(width, shift), bits=width)
 
 
 def _refuse_overflow(weight: PackedWeight) -> None:

@@ -65,7 +65,7 @@ def transposed_nibbles(
         piece = _transpose(lines).reshape(width, _NIBBLES, groups)
         for strip in _ranges(width, STRIP_BYTES // (4 * len(words))):
             _transpose_squares(piece[strip], mask)
-        yield piece.reshape(-1, groups)[: max(0, columns - chosen.start * _NIBBLES)]
+        yield piece.reshape(-1, groups)[: columns - chosen.start * _NIBBLES]
 
 
 def _transpose(words: U32) -> U32:

@@ -54,7 +54,7 @@ __getattr__ = lazy_attributes("l4q", _EXPORTS)
 
 
 def _register_with_transformers(_module: object) -> None:
-    import_module("l4q.hf").register()
+    import_module("l4q.hf")  # which registers itself, also where it is what imports transformers
 
 
 wrapt.register_post_import_hook(_register_with_transformers, "transformers.quantizers.auto")

@@ -202,3 +202,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(L4QConfig)
         register_quantizer(QUANT_METHOD)(L4QHfQuantizer)
+
+
+register()

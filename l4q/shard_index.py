@@ -27,14 +27,19 @@ def read_index(folder: Path, index: str, single: str) -> dict[str, str]:
             weights are a pickle.
     """
     refuse_pickles(folder)
-    weight_map = _weight_map(folder / index) if (folder / index).exists() else {}
+    weight_map = read_weight_map(folder / index) if (folder / index).exists() else {}
     for name in sorted(set(weight_map.values())) or [single]:
         _refuse_outside(folder, folder / name, "a weight file is a link that leaves its folder")
         check_header(folder / name)
     return weight_map
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
+    """File by tensor name as a shard index says.
+
+    Raises:
+        UsageError: The index is damaged or points outside its folder.
+    """
     _refuse_outside(path.parent, path, "the shard index is a link that leaves its folder")
     pairs = read_object(path, "the shard index").get("weight_map")
     if not isinstance(pairs, dict) or not pairs or not all(isinstance(name, str) for name in pairs.values()):

@@ -20,6 +20,7 @@ from l4q.model_folder import check_folder, check_size
 from l4q.rules import split_siblings
 from l4q.sharding import hollow_model, reads_weights
 from l4q.starts import open_start
+from l4q.starts.hub import dense_folder
 from l4q.starts.match import fit_scale_grid
 from l4q.tokenizers import read_tokenizer, require_tokenizer
 from l4q.train_options import TrainOptions
@@ -43,12 +44,14 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
     looks_local = path.is_absolute() or options.model.startswith((".", "~")) or len(path.parts) > 2
     if looks_local and not path.is_dir():
         raise UsageError("the model folder does not exist", where=options.model, expected="a Hugging Face model folder")
-    if path.is_dir():
-        check_folder(path, trust_remote_code=trusted)
     try:
-        dtype = getattr(torch, options.dtype)
-        model = _dense_model(options, dtype) if reads_weights(options.fsdp) else hollow_model(options.model, dtype)
-        tokenizer = read_tokenizer(options.model, trust_remote_code=trusted)
+        folder = path if path.is_dir() else dense_folder(options.model, trust_remote_code=trusted)
+        if folder is not None:
+            check_folder(folder, trust_remote_code=trusted)
+        source, dtype = str(folder or options.model), getattr(torch, options.dtype)
+        model = _dense_model(options, source, dtype) if reads_weights(options.fsdp) else hollow_model(source, dtype)
+        model.config.name_or_path = options.model  # not its folder in the hub's cache
+        tokenizer = read_tokenizer(source, trust_remote_code=trusted)
     except OSError as error:
         raise UsageError(
             "the model cannot be loaded",
@@ -66,13 +69,13 @@ def load_model(options: TrainOptions) -> tuple[Any, Any]:
     return model, require_tokenizer(tokenizer, options.model)
 
 
-def _dense_model(options: TrainOptions, dtype: torch.dtype) -> Any:
-    """The model from safetensors; code that comes with it runs only if the options say so.
+def _dense_model(options: TrainOptions, source: str, dtype: torch.dtype) -> Any:
+    """The model from the safetensors of `source`; code that comes with it runs only if the options say so.
 
     Raises:
         UsageError: The config is not that of the weights: tensors are missing or of another shape.
     """
-    trusted, path = options.trust_remote_code, Path(options.model)
+    trusted, path = options.trust_remote_code, Path(source)
     if trusted:
         log.warning("%s: Python code that comes with the model runs (--trust-remote-code)", options.model)
     with foreign("transformers cannot load this model", where=options.model, passed=(OSError, ValueError, ImportError)):
@@ -81,7 +84,7 @@ def _dense_model(options: TrainOptions, dtype: torch.dtype) -> Any:
             with torch.device("meta"):
                 check_size(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), path)
         model, info = AutoModelForCausalLM.from_pretrained(
-            options.model,
+            source,
             dtype=dtype,
             trust_remote_code=trusted,
             use_safetensors=True,

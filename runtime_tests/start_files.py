@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -178,3 +179,26 @@ def opened(path: Path) -> Any:
 def fp16_grid(**grid: Any) -> QuantConfig:
     """A grid whose scales may be any fp16 number, as those of random weights are."""
     return QuantConfig(**{"scale_grid": "fp16", **grid})
+
+
+def hub_cache(folder: Path, name: str, cache: Path) -> Path:
+    """Put a model folder where the hub's client keeps what it has downloaded; the folder there."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    place = cache / f"models--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / revision
+    shutil.copytree(folder, snapshot, symlinks=True, copy_function=_copy_or_link)
+    (place / "blobs").mkdir()
+    for path in sorted(file for file in snapshot.rglob("*") if file.is_file() and not file.is_symlink()):
+        blob = place / "blobs" / path.relative_to(snapshot).as_posix().replace("/", "-")
+        path.rename(blob)
+        path.symlink_to(Path(os.path.relpath(blob, path.parent)))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+def _copy_or_link(source: str, target: str) -> None:
+    if Path(source).is_file():
+        shutil.copy2(source, target)
+    else:
+        os.link(source, target)  # a pipe

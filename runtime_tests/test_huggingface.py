@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from runtime_tests.conftest import CheckpointMaker
 from runtime_tests.engines.torch_engine import Engine
 from runtime_tests.tiny_llama import tiny_llama
 
+PROJECT = Path(__file__).resolve().parent.parent
 PROMPT = "The king of the country"
 GRID: dict[str, Any] = {"zero_point": "integer", "group_size": 32}
 ADAPTER: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4}
@@ -69,6 +72,13 @@ def test_loaded_checkpoint_is_the_oracle(checkpoint: Path, model: Any, ids: torc
     assert torch.allclose(logprobs(model, ids), expected, atol=1e-4)
     next(packed_layers(model)).scales.data[0, 0] *= 2
     assert not torch.allclose(logprobs(model, ids), expected, atol=1e-4)
+
+
+def test_the_integration_can_be_imported_first() -> None:
+    """Before transformers, which it then imports: the quantizer is known all the same."""
+    code = "import l4q.hf; from transformers.quantizers import auto; print(auto.AUTO_QUANTIZER_MAPPING['l4q'].__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=False)
+    assert done.stdout == "L4QHfQuantizer\n", done.stderr
 
 
 def test_pipeline_and_generate(checkpoint: Path, model: Any, ids: torch.Tensor) -> None:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from exporters import transpose
 from exporters.compressed_tensors.pack import pack_zeros, unpack_zeros
+from exporters.gguf import encode_packed, pack, pack_k
+from exporters.gguf.encode import encoded_nbytes
 from exporters.gptq.pack import decode_zeros, encode_zeros
-from exporters.onnx.pack import pack_uint4, unpack_uint4
+from exporters.onnx.pack import _group_bias as group_bias
+from exporters.onnx.pack import (
+    choose_block,
+    code_pieces,
+    float_center,
+    pack_linear_codes,
+    pack_parameters,
+    pack_uint4,
+    unpack_uint4,
+)
+from exporters.transpose import as_words
 from exporters.words import pack_rows, unpack_rows
+from l4q import packed_weight
+from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UsageError
+from l4q.packed_weight import PackedWeight
+from l4q.weight import QuantizedWeight
+from runtime_tests.random_models import random_weight
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 7), (1, 1), (4,)])
@@ -81,3 +101,100 @@ def test_words_say_what_does_not_fit() -> None:
         with pytest.raises(UsageError) as caught:
             call()
         assert str(caught.value).splitlines() == lines
+
+
+def test_rows_that_end_inside_a_word_are_filled_up() -> None:
+    """With zeros, and no row is added."""
+    packed = np.arange(1, 16, dtype=np.uint8).reshape(3, 5)
+    words = as_words(packed)
+    assert (words.shape, words.dtype.name) == ((3, 2), "uint32")
+    assert words.astype("<u4").view(np.uint8).tolist() == [[*row, 0, 0, 0] for row in packed.tolist()]
+
+
+def test_pieces_of_a_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as the bytes in memory allow, at least one word of them."""
+    words, packed = np.zeros((8, 10), np.uint32), np.zeros((8, 32), np.uint8)
+    for size, rows, nibbles in ((4 * 8 * 3, [3, 3, 3, 1], [24, 24, 16]), (1, [1] * 10, [8] * 8), (10**6, [10], [64])):
+        monkeypatch.setattr(transpose, "PIECE_BYTES", size)
+        assert [len(piece) for piece in transpose.transposed_words(words)] == rows
+        assert [len(piece) for piece in transpose.transposed_nibbles(packed, 64)] == nibbles
+
+
+def test_superblocks_come_apart_in_their_dtypes() -> None:
+    """Codes and unsigned integers as bytes, fp16 numbers, and Q3_K's signed integers."""
+    fields = pack_k.unpack_q4_k(np.zeros((2, 144), np.uint8))
+    assert [field.dtype.name for field in fields] == ["uint8", "float16", "uint8", "float16", "uint8"]
+    three = pack_k.unpack_q3_k(np.zeros((2, 110), np.uint8))
+    assert [field.dtype.name for field in three] == ["uint8", "float16", "int8"]
+    five = pack.unpack_q5_0(np.zeros((2, 22), np.uint8))
+    assert [field.dtype.name for field in five] == ["uint8", "float16"]
+
+
+def test_blocks_of_one_group_per_row() -> None:
+    """The largest power of two in the row where none divides it, from 16 to 256."""
+    for columns, expected in ((3, 16), (17, 16), (33, 32), (100, 64), (341, 256), (1001, 256)):
+        assert choose_block(in_features=columns, group_size=columns, requested=None, where="w") == expected
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_float_weights_are_centred_where_that_is_exact(bits: int) -> None:
+    """Signed codes and a bias of m + s * 2**(bits-1), unless one such sum rounds in float32: then codes as they are."""
+    weight = random_weight((3, 64), QuantConfig(bits=bits, zero_point="float", group_size=32), 0)
+    middle = 1 << (bits - 1)
+    assert weight.mins is not None
+    assert float_center(weight) == middle
+    packed = pack_parameters(weight, 32)
+    assert (packed.signed, packed.zeros) == (True, None)
+    assert packed.group_bias is not None
+    assert (packed.group_bias.dtype.name, packed.scales.dtype.name) == ("float32", "float32")
+    exact = weight.mins.astype(np.float64) + weight.scales.astype(np.float64) * middle
+    assert np.array_equal(packed.group_bias, exact.T)
+    scales, mins = weight.scales.copy(), weight.mins.copy()
+    scales[2, 1], mins[2, 1] = 2.0**-24, -1001.5
+    off = replace(weight, scales=scales, mins=mins)
+    assert float_center(off) == 0
+    assert not pack_parameters(off, 32).signed
+    assert group_bias(off, middle)[2, 1] == -1001.5 + middle * 2.0**-24
+
+
+def test_rows_that_do_not_fill_words_of_onnx() -> None:
+    """Whatever the number of rows, the pieces are the bytes of the reference."""
+    for rows in range(8, 40):
+        packed = PackedWeight.of(random_weight((rows, 32), QuantConfig(group_size=32), rows))
+        found = b"".join(np.ascontiguousarray(piece).tobytes() for piece in code_pieces(packed, signed=True))
+        assert found == pack_linear_codes(packed.unpack(), signed=True).tobytes()
+
+
+def test_rows_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as there may be codes, at least one."""
+    packed = PackedWeight.of(random_weight((5, 32), QuantConfig(group_size=32), 0))
+    for codes, sizes in ((64, [2, 2, 1]), (95, [2, 2, 1]), (1, [1] * 5), (32, [1] * 5), (160, [5])):
+        monkeypatch.setattr(packed_weight, "PIECE_CODES", codes)
+        assert [rows.stop - rows.start for rows in packed.row_slices()] == sizes
+
+
+def test_codes_that_stay_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q4_0 of symmetric codes, Q4_1 and Q4_K go from bytes to bytes; a zero-point moves Q4_0's codes one by one."""
+
+    def refuse(weight: QuantizedWeight, encoding: str) -> np.ndarray:
+        raise AssertionError(encoding)
+
+    kinds: tuple[ZeroPoint, ...] = ("none", "integer", "float")
+    weights = {
+        kind: PackedWeight.of(random_weight((3, 256), QuantConfig(zero_point=kind, group_size=256), 0))
+        for kind in kinds
+    }
+    monkeypatch.setattr(encode_packed, "encode", refuse)
+    direct: list[tuple[ZeroPoint, str]] = [
+        ("none", "Q4_0"),
+        ("integer", "Q4_1"),
+        ("float", "Q4_1"),
+        ("integer", "Q4_K"),
+    ]
+    others: list[tuple[ZeroPoint, str]] = [("integer", "Q4_0"), ("none", "Q5_0"), ("none", "F32")]
+    for kind, encoding in direct:
+        (rows,) = encode_packed.encode_pieces(weights[kind], encoding)
+        assert rows.shape == (3, encoded_nbytes((1, 256), encoding))
+    for kind, encoding in others:
+        with pytest.raises(AssertionError, match=encoding):
+            next(encode_packed.encode_pieces(weights[kind], encoding))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,23 +43,14 @@ def test_activation_order_starts_as_dense_weights(tmp_path: Path, monkeypatch: p
     assert f"1 layers start anew, for example {UP}: activation order" in "\n".join(report.describe_start())
 
 
-def hub_cache(folder: Path, name: str, cache: Path) -> None:
-    """Put a model folder where the hub's client keeps what it has downloaded."""
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    place = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, place / "snapshots" / revision)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(revision)
-
-
 def test_a_pre_quantized_hub_id_is_read_from_the_cache(
     glassllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An id of the hub is the folder in its cache, under its own name; plain and unknown models are left alone."""
     checkpoint = files.gptq_folder(tmp_path, GRID)
     cache = tmp_path / "cache"
-    hub_cache(tmp_path / "model", "org/tiny-gptq", cache)
-    hub_cache(glassllm_dir, "org/plain", cache)
+    files.hub_cache(tmp_path / "model", "org/tiny-gptq", cache)
+    files.hub_cache(glassllm_dir, "org/plain", cache)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     start = open_start("org/tiny-gptq")

@@ -26,7 +26,7 @@ import click
 
 from l4q.cli_common import run
 from l4q.errors import L4QError, UsageError, VerificationError
-from runtime_tests.reliability import record
+from runtime_tests.reliability import FUZZED, record
 from tools.fuzz_mutate import mutate
 from tools.fuzz_targets import TARGETS, Target, scratch
 
@@ -179,7 +179,7 @@ def _address_space() -> int:
 @click.option("--examples", type=click.IntRange(1), default=100_000, show_default=True, help="In all, per parser.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every example.")
 @click.option("--minutes", type=float, help="Stop after this time, per parser; the same command continues.")
-@click.option("--record", "recorded", is_flag=True, help="Put finished runs into the fault report.")
+@click.option("--record", "recorded", is_flag=True, help="Put finished runs into docs/results/fuzz.json.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where failures are kept.")
 def command(
     parsers: tuple[str, ...], examples: int, seed: int, minutes: float | None, recorded: bool, out: Path
@@ -199,7 +199,7 @@ def command(
             sys.stdout.flush()
             if recorded and state.done >= examples and not state.failures:
                 outcome = f"{state.refused:,} refused, {state.accepted:,} read, nothing else"
-                record("hostile input", f"fuzz, {parser}, recorded run", state.done, outcome)
+                record("hostile input", f"fuzz, {parser}, recorded run", state.done, outcome, report=FUZZED)
     finally:
         shutil.rmtree(scratch(), ignore_errors=True)
     if failed:

@@ -1,4 +1,4 @@
-"""Put what the suite injected into docs/reliability.md: python -m tools.reliability [--write FILE] [REPORT ...]."""
+"""The tables of docs/reliability.md: python -m tools.reliability [--coverage FILE] [--write FILE] [REPORT ...]."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from pathlib import Path
 
 import click
 
-from runtime_tests.reliability import REPORT, Fault
+from runtime_tests.reliability import FUZZED, REPORT, Fault
+from tools.coverage_table import coverage_table
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: python -m tools.reliability --write -->", "<!-- end of faults -->"
+MARKS = {
+    "faults": (BEGIN, END),
+    "coverage": (
+        "<!-- coverage: python -m tools.reliability --coverage .coverage --write -->",
+        "<!-- end of coverage -->",
+    ),
+}
 
 
 def read_rows(files: Iterable[Path]) -> list[Fault]:
@@ -29,6 +37,7 @@ def read_rows(files: Iterable[Path]) -> list[Fault]:
                     injected=str(row["injected"]),
                     count=int(row["count"]),
                     outcome=str(row["outcome"]),
+                    commit=str(row.get("commit", "")),
                 )
                 key = (fault["area"], fault["injected"])
                 if key not in best or best[key]["count"] < fault["count"]:
@@ -39,30 +48,32 @@ def read_rows(files: Iterable[Path]) -> list[Fault]:
 
 
 def render(rows: Sequence[Fault]) -> str:
-    """A Markdown table: a row per area and outcome with its faults, and the number of injections of each area."""
+    """A Markdown table: a row per area and outcome with its faults, how often, and of which commits that is."""
     groups: dict[tuple[str, str], list[Fault]] = {}
     for row in rows:
         groups.setdefault((row["area"], row["outcome"]), []).append(row)
-    lines = ["| where | what was injected | how often | what happened, each time |", "|---|---|---|---|"]
+    lines = ["| where | what was injected | how often | what happened, each time | commit |", "|---|---|---|---|---|"]
     for (area, outcome), faults in groups.items():
         injected = "; ".join(fault["injected"] for fault in faults)
         count = sum(fault["count"] for fault in faults)
-        lines.append(f"| {_cell(area)} | {_cell(injected)} | {count:,} | {_cell(outcome)} |")
+        commits = ", ".join(sorted({fault["commit"] or "not recorded" for fault in faults}))
+        lines.append(f"| {_cell(area)} | {_cell(injected)} | {count:,} | {_cell(outcome)} | {commits} |")
     total = sum(row["count"] for row in rows)
     return "\n".join([*lines, "", f"{total:,} injections in {len(rows)} kinds."])
 
 
-def insert(document: str, table: str) -> str:
-    """The document with the table between its marks.
+def insert(document: str, table: str, section: str = "faults") -> str:
+    """The document with the table between the marks of a section.
 
     Raises:
         UsageError: The marks are missing.
     """
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    first, last = MARKS[section]
+    head, begin, rest = document.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise click.UsageError(f"the document has no section between {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
+        raise click.UsageError(f"the document has no section between {first} and {last}")
+    return f"{head}{first}\n\n{table}\n\n{last}{tail}"
 
 
 def _cell(text: str) -> str:
@@ -71,20 +82,29 @@ def _cell(text: str) -> str:
 
 @click.command()
 @click.argument("reports", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--coverage", type=click.Path(path_type=Path, exists=True), help="The coverage data, in place of faults.")
 @click.option(
     "--write", type=click.Path(path_type=Path), is_flag=False, flag_value=DOCUMENT,
     help="Replace the table in this document.  [default: docs/reliability.md]",
 )  # fmt: skip
-def main(reports: tuple[Path, ...], write: Path | None) -> None:
-    """Print the table of the fault reports, which the suite leaves in build/reliability, or write it."""
-    rows = read_rows(reports or sorted(REPORT.parent.glob("*.json")))
-    if not rows:
-        raise click.UsageError(f"no faults are recorded in {REPORT.parent}: run the tests first")
+def main(reports: tuple[Path, ...], coverage: Path | None, write: Path | None) -> None:
+    """Print the table of the fault reports, which the suite leaves in build/reliability, or write it.
+
+    The recorded runs of `make fuzz` (docs/results/fuzz.json) belong to it.
+    """
+    if coverage is not None:
+        section, table, what = "coverage", coverage_table(coverage), "packages"
+    else:
+        made = sorted(REPORT.parent.glob("*.json"))
+        rows = read_rows(reports or [*made, *([FUZZED] if made and FUZZED.exists() else [])])
+        if not rows:
+            raise click.UsageError(f"no faults are recorded in {REPORT.parent}: run the tests first")
+        section, table, what = "faults", render(rows), f"{len(rows)} kinds of faults"
     if write is None:
-        click.echo(render(rows))
+        click.echo(table)
         return
-    write.write_text(insert(write.read_text(encoding="utf-8"), render(rows)), encoding="utf-8")
-    click.echo(f"{write}: {len(rows)} kinds of faults")
+    write.write_text(insert(write.read_text(encoding="utf-8"), table, section), encoding="utf-8")
+    click.echo(f"{write}: {what}")
 
 
 if __name__ == "__main__":

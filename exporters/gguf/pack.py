@@ -41,8 +41,8 @@ def pack_q4_0(codes: U8, scales: F16) -> U8:
     Raises:
         UsageError: A code does not fit four bits, or the shapes do not divide.
     """
-    fields = (_scale_bytes(codes, scales), _nibble_bytes(codes, 16))
-    return _join(fields)
+    nibbles = _nibble_bytes(codes, 16)
+    return _join((_scale_bytes(codes, scales), nibbles))
 
 
 def unpack_q4_0(packed: U8) -> tuple[U8, F16]:
@@ -68,8 +68,8 @@ def pack_q4_1(codes: U8, scales: F16, mins: F16) -> U8:
     Raises:
         UsageError: A code does not fit four bits, or the shapes do not divide.
     """
-    fields = (_scale_bytes(codes, scales), _scale_bytes(codes, mins), _nibble_bytes(codes, 16))
-    return _join(fields)
+    nibbles = _nibble_bytes(codes, 16)
+    return _join((_scale_bytes(codes, scales), _scale_bytes(codes, mins), nibbles))
 
 
 def unpack_q4_1(packed: U8) -> tuple[U8, F16, F16]:

@@ -48,16 +48,16 @@ def open_start(model: str) -> PretrainedStart | None:
     if is_pickle(path):
         raise pickle_error(path, path.name)
     config = None if path.is_dir() else hub_config(model)
-    section = quantization_section(path if config is None else config.parent)
+    where = config or path / "config.json"
+    section = quantization_section(where.parent)
     if section is None:
         return None
-    if config is None:
-        refuse_code(read_config(path), path / "config.json")
+    refuse_code(read_config(where.parent), where)
     method = str(section.get("quant_method"))
     if method not in DECODERS:
         raise UnsupportedError(
             "no reader for this kind of pre-quantized model",
-            where=config or path / "config.json",
+            where=where,
             got=f"quant_method {method}",
             expected=f"one of {sorted(DECODERS)}, a .gguf file, or a model in 16 or 32 bits",
             remedy="start from the 16-bit model it was made from",

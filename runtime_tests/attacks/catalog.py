@@ -30,7 +30,8 @@ class Attack:
 
 
 L4Q = ("read", "inspect", *EXPORTS)
-DENSE = ("inspect", "train")
+TRAIN = ("train", "train hub id")
+DENSE = ("inspect", *TRAIN)
 START = ("inspect", "import", "train")
 
 
@@ -61,9 +62,9 @@ ATTACKS: tuple[Attack, ...] = (
     *_table("checkpoint tokenizer", "l4q", configs.TOKENIZERS, ("export gguf",)),
     *_table("model header", "dense", safetensors_files.HEADERS, DENSE),
     *_table("model index", "dense", safetensors_files.INDEXES, DENSE),
-    *_table("model config", "dense", configs.CONFIGS, ("train",)),
-    *_table("model tokenizer", "dense", configs.TOKENIZERS, ("train",)),
-    *_table("model code", "dense", configs.CODE, ("train",)),
+    *_table("model config", "dense", configs.CONFIGS, TRAIN),
+    *_table("model tokenizer", "dense", configs.TOKENIZERS, TRAIN),
+    *_table("model code", "dense", configs.CODE, TRAIN),
     *_table("start code", "gptq", configs.CODE, ("train", "import")),
     *_table("gptq header", "gptq", safetensors_files.HEADERS, ("import", "verify gptq")),
     *_table("gptq", "gptq", starts.GPTQ, ("import", "train")),

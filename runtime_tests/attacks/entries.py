@@ -87,6 +87,17 @@ def train(folder: Path, bases: Bases, scratch: Path, *, flags: tuple[str, ...] =
     return _command(command, _model(folder), "--data", bases["text"], "--out", scratch / "run", *STEPS, *flags)
 
 
+def train_hub_id(folder: Path, bases: Bases, scratch: Path) -> int:
+    """l4q-train USER/NAME, of a model that the hub's cache holds; set for this process, which ends then."""
+    from huggingface_hub import constants
+
+    from runtime_tests.start_files import hub_cache
+
+    hub_cache(folder, "user/name", scratch / "hub")
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(scratch / "hub"), True
+    return train(Path("user/name"), bases, scratch)
+
+
 def data(folder: Path, bases: Bases, scratch: Path) -> int:
     """l4q-train --data FILE."""
     from l4q.cli_train import command
@@ -131,6 +142,7 @@ ENTRIES: dict[str, Entry] = {
     "inspect --headers": partial(inspect, flags=("--headers", "--json")),
     "import": import_model,
     "train": train,
+    "train hub id": train_hub_id,
     "data": data,
     "records": records,
     **{f"export {name}": partial(export, name=name) for name in FORMATS},
