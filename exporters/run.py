@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +125,20 @@ def print_plan(plan: ExportPlan) -> None:
     table = Table(title=f"{plan.format}: {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits per quantized weight")
     for column in ("tensors", "encoding", "count", "bytes", "fidelity"):
         table.add_column(column, justify="right" if column in {"count", "bytes"} else "left", overflow="fold")
-    rows: dict[tuple[str, str, str, str], list[int]] = {}
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    reasons: dict[tuple[str, str], None] = {}
     for tensor in plan.tensors:
         pattern = ".".join("*" if part.isdigit() else part for part in tensor.name.split("."))
-        key = (pattern, tensor.encoding, tensor.fidelity.value, tensor.reason)
-        rows.setdefault(key, []).append(tensor.nbytes)
-    for (pattern, encoding, fidelity, reason), sizes in rows.items():
-        shown = f"{fidelity}: {reason}" if reason else fidelity
-        table.add_row(pattern, encoding, str(len(sizes)), f"{sum(sizes):,}", shown)
+        rows.setdefault((pattern, tensor.encoding, tensor.fidelity.value), []).append(tensor.nbytes)
+        reasons[tensor.fidelity.value, tensor.reason] = None
+    for (pattern, encoding, fidelity), sizes in rows.items():
+        table.add_row(pattern, encoding, str(len(sizes)), f"{sum(sizes):,}", fidelity)
     console.print(table)
+    for fidelity, reason in filter(itemgetter(1), reasons):
+        console.print(f"  {fidelity}: {reason}", markup=False)
     for runtime in plan.runtimes:
-        console.print(
-            f"  {'loads in' if runtime.loads else 'not for'} {runtime.runtime}: {runtime.reason}", markup=False
-        )
+        said = f"{'loads in' if runtime.loads else 'not for'} {runtime.runtime}"
+        console.print(f"  {said}: {runtime.reason}" if runtime.reason else f"  {said}", markup=False)
     for note in plan.notes:
         console.print(f"  note: {note}", markup=False)
 

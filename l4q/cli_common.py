@@ -139,6 +139,8 @@ def _unexpected(error: Exception) -> int:
         raise error
     if isinstance(error, MemoryError):
         click.echo("error: out of memory\n  do: use a machine with more, or a smaller model", err=True)
+    elif isinstance(error, ImportError):
+        click.echo(f"error: {_not_importable(error)}", err=True)
     else:
         text = UsageError(
             f"unexpected {type(error).__name__}",
@@ -147,6 +149,19 @@ def _unexpected(error: Exception) -> int:
         )
         click.echo(f"error: {text}", err=True)
     return UNEXPECTED
+
+
+def _not_importable(error: ImportError) -> UsageError:
+    """What to say of a package that is missing or broken: the error at the bottom of the chain."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    return UsageError(
+        "a package that is needed cannot be imported",
+        got=f"{type(root).__name__}: {root}",
+        remedy="install what is missing; if it names torchvision: text models need none, and one of another build than "
+        "torch breaks transformers: pip uninstall torchvision torchaudio torchcodec",
+    )
 
 
 def _everywhere(error: L4QError) -> bool:

@@ -74,6 +74,12 @@ class TrainingData:
             "dropped": self.dropped,
         }
 
+    def words(self) -> str:
+        """The counts in a sentence, for the log."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.records.items())
+        said = f"{len(self.examples):,} examples of {self.tokens:,} tokens, loss on {self.targets:,}; records: {kinds}"
+        return f"{said}; {self.truncated:,} cut at --max-length, {self.dropped:,} without a target dropped"
+
 
 def load_training_data(paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int) -> TrainingData:
     """Read, tokenize, pack and label the training files.

@@ -111,7 +111,7 @@ def _train(options: TrainOptions, args: TrainingArguments, run: RunFolder) -> di
     context = context_length(model)
     data = load_training_data(options.data, tokenizer, max_length=_fit(options.max_length, DEFAULT_LENGTH, context))
     require_known(data, model.get_input_embeddings().weight.shape[0])
-    log.info("data: %s", data.facts())
+    log.info("data: %s", data.words())
     evaluator = Evaluator(windows=evaluation_windows(options.evaluation, model, tokenizer))
     decide(lambda: run.check(options, data.facts()))
     finished = decide(lambda: run.finished(options))

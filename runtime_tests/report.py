@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from l4q.durable import write_atomic
@@ -30,6 +31,9 @@ FIGURES = (
     ("greedy", "greedy_match", ""),
 )
 COLUMNS = ("runtime", "format", *(heading for heading, _, _ in FIGURES), "verdict")
+NARROW = 140
+"""Below this width a table has one column that names the run, and only the figures that fit 80 columns."""
+LEFT_OUT = ("bytes", "bits/w", "tokens/s", "greedy")
 
 
 def report_rows(report: Report) -> list[tuple[str, ...]]:
@@ -39,13 +43,22 @@ def report_rows(report: Report) -> list[tuple[str, ...]]:
     return [_cells(row) for row in (*baselines, oracle, *report["rows"])]
 
 
-def table(report: Report, title: str = "") -> Table:
-    """The report as a rich table."""
-    shown = Table(title=title or f"{report['tokens']} held-out tokens, Δ and KL against the torch float32 oracle")
-    for column in COLUMNS:
-        left = column in {"runtime", "format", "verdict"}
-        shown.add_column(column, justify="left" if left else "right", overflow="fold")
-    for cells in report_rows(report):
+def table(report: Report, title: str = "", width: int = 200) -> Table:
+    """The report as a rich table for a terminal of this width; below `NARROW` without the columns `LEFT_OUT`."""
+    title = title or f"{report['tokens']} held-out tokens, Δ and KL against the torch float32 oracle"
+    left = {"runtime", "format", "verdict", "run"}
+    if width >= NARROW:
+        headings, rows = COLUMNS, report_rows(report)
+    else:
+        kept = [number for number, heading in enumerate(COLUMNS) if number > 1 and heading not in LEFT_OUT]
+        headings = ("run", *(COLUMNS[number] for number in kept))
+        rows = [(f"{row[0]} {row[1]}", *(row[number] for number in kept)) for row in report_rows(report)]
+    shown = Table(title=title)
+    if width < NARROW:
+        shown.box, shown.pad_edge, shown.collapse_padding = SIMPLE_HEAD, False, True
+    for column in headings:
+        shown.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    for cells in rows:
         shown.add_row(*cells)
     return shown
 

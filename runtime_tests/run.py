@@ -59,10 +59,11 @@ def run_and_report(arguments: dict[str, Any], *, show: Callable[[dict[str, Any]]
 
 def print_table(content: dict[str, Any]) -> None:
     """Print a report as a table, and why rows were not run."""
-    Console().print(table(content))
+    console = Console()
+    console.print(table(content, width=console.width))
     for row in content["rows"]:
         if row["skipped"]:
-            Console().print(f"{row['format']}: not run, as {row['skipped']}", markup=False)
+            console.print(f"{row['format']}: not run, as {row['skipped']}", markup=False)
 
 
 def full_report(

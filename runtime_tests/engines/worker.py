@@ -89,6 +89,7 @@ def main() -> None:
         except Exception as error:  # the engine's failure is the answer; the parent decides what to do with it
             text = f"{type(error).__name__}: {error}"
             reply = {"id": request["id"], "ok": False, "error": text, "trace": traceback.format_exc()}
+            reply["missing"] = isinstance(error, ModuleNotFoundError)
         replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
         if request["op"] == "close":
