@@ -9,6 +9,7 @@ the tests compare the two on every shape.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,16 @@ import numpy.typing as npt
 from l4q.weight import U8
 
 U32 = npt.NDArray[np.uint32]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 PIECE_BYTES = 4 << 20
 """Bytes of a result that are in memory at a time."""
 STRIP_BYTES = 256 << 10
 """Bytes whose squares are transposed at a time: they stay in the processor's cache."""
 _NIBBLES = 8
-# One stage per bit of a nibble's index: (distance of the rows that trade, nibbles the upper one gives).
-_STAGES = ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F))
+_LINES = 4
+# Distance of the rows that trade, and the nibbles that the upper one gives.
+_STAGES = ((2, 0x00FF00FF), (1, 0x0F0F0F0F))
 
 
 def as_words(packed: U8) -> U32:
@@ -38,7 +41,7 @@ def transposed_words(words: U32) -> Iterator[U32]:
     """Rows of the transpose of uint32 [N, W], in order: uint32 [some of W, N]."""
     rows, count = words.shape
     for columns in _ranges(count, PIECE_BYTES // (4 * rows)):
-        yield _transpose(words[:, columns])
+        yield transposed(words[:, columns])
 
 
 def transposed_nibbles(
@@ -60,30 +63,33 @@ def transposed_nibbles(
     mask = np.uint32(flip * 0x11111111)
     for chosen in _ranges(words.shape[1], PIECE_BYTES // (4 * len(words))):
         width = chosen.stop - chosen.start
-        rows = words[:, chosen].reshape(groups, _NIBBLES, width)
-        lines = rows[:, order].transpose(1, 0, 2).reshape(-1, width)  # [8 * groups, width], line by line
-        piece = _transpose(lines).reshape(width, _NIBBLES, groups)
-        for strip in _ranges(width, STRIP_BYTES // (4 * len(words))):
-            _transpose_squares(piece[strip], mask)
+        lines = np.empty((_LINES, groups, 2, width), dtype=np.uint32)
+        for number, row in enumerate(order):
+            half, line = divmod(number, _LINES)
+            np.bitwise_xor(words[row::_NIBBLES, chosen], mask, out=lines[line, :, half])
+        # Of two rows that lie 4 apart, the halves of their words come together: four columns of both in a word.
+        halves = transposed(lines.reshape(-1, width).view(np.uint16))
+        piece = halves.view(np.uint32).reshape(2 * width, _LINES, groups)
+        for strip in _ranges(len(piece), STRIP_BYTES // (2 * len(words))):
+            _transpose_squares(piece[strip])
         yield piece.reshape(-1, groups)[: columns - chosen.start * _NIBBLES]
 
 
-def _transpose(words: U32) -> U32:
-    """A transposed copy, by torch, whose kernel is some times faster than NumPy's copy in strips."""
+def transposed(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """A transposed copy of [rows, columns], by torch, whose kernel is some times faster than NumPy's."""
     import torch
 
-    whole = torch.from_numpy(np.ascontiguousarray(words).view(np.int32))
-    copy: U32 = whole.t().contiguous().numpy().view(np.uint32)
+    whole = torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}"))
+    copy: npt.NDArray[Scalar] = whole.t().contiguous().numpy().view(array.dtype)
     return copy
 
 
-def _transpose_squares(lines: U32, mask: np.uint32) -> None:
-    """Transpose squares of 8 x 8 nibbles in place: uint32 [W, 8, groups], the rows of a square along axis 1.
+def _transpose_squares(lines: U32) -> None:
+    """Transpose squares of 4 x 4 nibbles in place: uint32 [columns / 4, 4, groups] with two squares a word.
 
-    Rows trade halves with those 4 apart, then quarters with those 2 apart, then single nibbles with their neighbours;
-    then the bits of `mask` are turned over.
+    The rows of a square, along axis 1, trade halves with those 2 apart, then single nibbles with their neighbours.
     """
-    traded = np.empty((lines.shape[0], _NIBBLES // 2, lines.shape[2]), dtype=np.uint32)
+    traded = np.empty((lines.shape[0], _LINES // 2, lines.shape[2]), dtype=np.uint32)
     for distance, nibbles in _STAGES:
         shift, kept = np.uint32(4 * distance), np.uint32(nibbles)
         pairs = lines.reshape(len(lines), -1, 2, distance, lines.shape[2])
@@ -95,8 +101,6 @@ def _transpose_squares(lines: U32, mask: np.uint32) -> None:
         high ^= swapped
         swapped <<= shift
         low ^= swapped
-    if mask:
-        lines ^= mask
 
 
 def _ranges(count: int, step: int) -> Iterator[slice]:

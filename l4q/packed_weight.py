@@ -45,7 +45,9 @@ class PackedWeight(GroupParameters):
 
     def take(self, rows: slice | npt.NDArray[np.integer[Any]]) -> PackedWeight:
         """Some of the rows, in the order given."""
-        return PackedWeight(packed=self.packed[rows], **_parameters(self, rows))
+        taken = object.__new__(PackedWeight)  # rows of a weight that was checked are not checked again
+        vars(taken).update(packed=self.packed[rows], **_parameters(self, rows))
+        return taken
 
     def row_slices(self) -> Iterator[slice]:
         """Ranges of rows with at most `PIECE_CODES` codes (or one row) each."""

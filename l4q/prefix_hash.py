@@ -23,11 +23,11 @@ from l4q.file_table import FileFacts
 
 Data = npt.NDArray[np.uint8]
 
-_STEP_BYTES = 4 << 20
+_STEP_BYTES = 2 << 20
 """Bytes that are handed to the thread at a time."""
 _BLOCK_BYTES = 1 << 20
 """Bytes that are read at a time: they stay in the processor's cache."""
-_HELD_BYTES = 16 << 20
+_HELD_BYTES = 6 << 20
 """Bytes that may wait in memory for the thread."""
 _PATIENCE = 0.2
 """Seconds in which the thread must begin with the file to be given more than it can hold."""

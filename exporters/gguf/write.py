@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,10 +72,12 @@ def _write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         advance = record.follow(path, path.name)
-        for tensor in plan.tensors:
-            pieces: Any = _Pieces(_pieces(checkpoint, architecture, tensor), tensor.nbytes, advance)
-            writer.write_tensor_data(pieces)
-            on_tensor(tensor.name)
+        made = ((tensor, piece) for tensor in plan.tensors for piece in _pieces(checkpoint, architecture, tensor))
+        with made_ahead(made, lambda item: item[1].nbytes) as items:
+            for tensor, group in groupby(items, key=itemgetter(0)):
+                pieces: Any = _Pieces((piece for _, piece in group), tensor.nbytes, advance)
+                writer.write_tensor_data(pieces)
+                on_tensor(tensor.name)
     finally:
         writer.close()
 
@@ -117,14 +121,13 @@ class _Pieces:
             UsageError: There are more or fewer than planned.
         """
         written = 0
-        with made_ahead(self._pieces, lambda piece: piece.nbytes) as pieces:
-            for piece in pieces:
-                data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-                file.write(data.data)
-                written += data.nbytes
-                file.flush()
-                end = file.tell()
-                self._advance(end, end - data.nbytes, data)
+        for piece in self._pieces:
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            file.write(data.data)
+            written += data.nbytes
+            file.flush()
+            end = file.tell()
+            self._advance(end, end - data.nbytes, data)
         if written != self.nbytes:
             raise UsageError("a tensor is not as large as planned", got=f"{written} bytes", expected=self.nbytes)
 

@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from l4q.ahead import made_ahead
-
 Attribute = int | float | str | Sequence[int]
 
 
@@ -31,20 +29,20 @@ class Pieces(ir.LazyTensor):
         self, read: Callable[[], Iterable[Array]], dtype: ir.DataType, shape: Sequence[int], name: str
     ) -> None:
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
-        self._read = read
+        self.pieces = read
+        """Gives the arrays; may be replaced by what has them ready."""
         self.on_piece: Callable[[Any, npt.NDArray[np.uint8]], None] = lambda file, data: None
         """Called after each piece with the file, whose position is its end, and its bytes."""
 
     def tofile(self, file: Any) -> None:
         """Write its bytes to an open file."""
-        with made_ahead(self._read(), lambda piece: piece.nbytes) as pieces:
-            for piece in pieces:
-                data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-                file.write(data.data)
-                self.on_piece(file, data)
+        for piece in self.pieces():
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            file.write(data.data)
+            self.on_piece(file, data)
 
     def _whole(self) -> ir.TensorProtocol:
-        data = np.concatenate([np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in self._read()])
+        data = np.concatenate([np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in self.pieces()])
         if self.dtype.bitwidth < 8:
             return ir.PackedTensor(data, self.dtype, shape=self.shape, name=self.name)
         return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from exporters.transpose import transposed_nibbles
+from exporters.transpose import transposed, transposed_nibbles
 from l4q.errors import UnsupportedError, UsageError
 from l4q.packed_weight import PackedWeight
 from l4q.weight import F32, U8, GroupParameters, QuantizedWeight
@@ -152,7 +152,7 @@ def block_rows(groups: npt.NDArray[np.generic], *, in_features: int, block: int)
     rows = -(-in_features // block)
     # Groups are whole blocks, except a single group, whose last block may be short; -(-a // b) covers both.
     repeats = -(-rows // groups.shape[1])
-    return np.ascontiguousarray(np.repeat(groups, repeats, axis=1).T)
+    return np.repeat(transposed(groups), repeats, axis=0)
 
 
 def float_center(weight: GroupParameters) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,12 +15,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from exporters.files import copy_side_files, write_json
-from exporters.onnx.builder import Pieces
+from exporters.onnx.builder import Array, Pieces
 from exporters.onnx.contrib import GRAPH_KEY
 from exporters.onnx.genai import CONFIG_NAME, genai_config
 from exporters.onnx.optimized import ACCURACY_OPTION, OPTIMIZED_NAME, write_optimized
 from exporters.onnx.source import choose_source
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
+from l4q.ahead import made_ahead
 from l4q.checkpoint import L4QCheckpoint
 from l4q.durable import sync_file
 from l4q.prefix_hash import Advance
@@ -75,9 +80,10 @@ def _save(
 ) -> None:
     """Write model.onnx and its external data, whose tensors are made one after another."""
     data = _DataFile(record)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, Pieces):
-            value.const_value.on_piece = data.grew
+    values = [value.const_value for value in model.graph.initializers.values()]
+    lazy = [tensor for tensor in values if isinstance(tensor, Pieces)]
+    for tensor in lazy:
+        tensor.on_piece = data.grew
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -85,16 +91,36 @@ def _save(
         if name is not None:
             on_tensor(name)
 
-    ir.save(
-        model,
-        folder / MODEL_NAME,
-        external_data=DATA_NAME,
-        size_threshold_bytes=INLINE_BYTES,
-        alignment=PAGE_BYTES,
-        callback=report,
-    )
+    with _read_ahead([tensor for tensor in lazy if tensor.nbytes > INLINE_BYTES]):
+        ir.save(
+            model,
+            folder / MODEL_NAME,
+            external_data=DATA_NAME,
+            size_threshold_bytes=INLINE_BYTES,
+            alignment=PAGE_BYTES,
+            callback=report,
+        )
     for name in waiting.values():  # tensors small enough to live in model.onnx itself
         on_tensor(name)
+
+
+@contextmanager
+def _read_ahead(tensors: list[Pieces]) -> Iterator[None]:
+    """Make the tensors' pieces ahead of their writing, as long as they are written in this order."""
+    made = ((tensor, piece) for tensor, read in [(tensor, tensor.pieces) for tensor in tensors] for piece in read())
+    with made_ahead(made, lambda item: item[1].nbytes) as items:
+        groups = groupby(items, key=lambda item: id(item[0]))
+        upcoming = deque(tensors)
+
+        def ready(tensor: Pieces, read: Callable[[], Iterable[Array]]) -> Iterable[Array]:
+            if not upcoming or upcoming[0] is not tensor:
+                return read()
+            upcoming.popleft()
+            return (piece for _, piece in next(groups)[1])
+
+        for tensor in tensors:
+            tensor.pieces = partial(ready, tensor, tensor.pieces)
+        yield
 
 
 class _DataFile:
