@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from l4q.checkpoint import L4QCheckpoint
 from l4q.config import QuantConfig
 from l4q.errors import UnsupportedError
 from l4q.packed_weight import PackedWeight
-from runtime_tests.tiny_llama import random_weight, tiny_checkpoint
+from runtime_tests.random_models import build_model, random_weight, save_random
+from runtime_tests.tiny_llama import SIZES, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_other_widths_are_refused(checkpoints: dict[int, L4QCheckpoint]) -> None
     ]
 
 
-def test_plans_say_what_the_fields_cost(checkpoints: dict[int, L4QCheckpoint]) -> None:
+def test_plans_say_what_the_fields_cost(checkpoints: dict[int, L4QCheckpoint], tmp_path: Path) -> None:
     """Nothing at 4 bits in 4; the width where it is more than the codes'; the words where it is not 4."""
     wide = "3-bit codes are stored in 4-bit fields: exact, but 4 bits on disk and in memory."
     dense = (
@@ -83,6 +85,11 @@ def test_plans_say_what_the_fields_cost(checkpoints: dict[int, L4QCheckpoint]) -
     assert container_notes(checkpoints[3], 3) == ("3-bit fields are dense: 32 codes in 3 words, " + dense.format(3),)
     assert container_notes(checkpoints[2], 2) == ("2-bit fields are dense: 16 codes in 1 word, " + dense.format(2),)
     assert len(container_notes(checkpoints[2], 3)) == 2
+    mixed = save_random(
+        build_model("llama", {**SIZES, "num_hidden_layers": 1}), tmp_path, QuantConfig(group_size=32),
+        lambda shape, index: random_weight(shape, QuantConfig(bits=2 + index % 3, group_size=32), index),
+    )  # fmt: skip
+    assert container_notes(mixed, 4) == ("2- and " + wide,)
 
 
 def test_widths_in_words() -> None:
@@ -93,15 +100,19 @@ def test_widths_in_words() -> None:
 
 
 def test_values_beyond_float16_are_refused() -> None:
-    """The largest distance of a code from its zero-point, times the scale, may just reach 65504."""
+    """The largest distance of a code from its zero-point, times the scale, may just reach 65504, on either side."""
     weight = random_weight((8, 32), QuantConfig(bits=2, zero_point="integer", group_size=32), seed=0)
     packed = PackedWeight.of(replace(weight, name="layer.3"))
     assert packed.zeros is not None
-    packed.zeros[:] = 1
-    packed.zeros[3] = 3
-    packed.scales[:] = 1
-    packed.scales[3] = np.float16(65504 / 4)
-    assert widen_packed(packed, 4).bits == 4
+    for zero, distance, beyond in ((1, 2, 32768), (2, 2, 32768), (3, 3, 21856)):
+        packed.zeros[:], packed.scales[:] = 1, 1
+        packed.zeros[3], packed.scales[3] = zero, np.float16(65504 // distance // 16 * 16)
+        assert widen_packed(packed, 4).bits == 4
+        packed.scales[3] = beyond
+        with pytest.raises(
+            UnsupportedError, match=f"a weight can exceed float16.*\\n.*\\n  got: .*{distance * beyond:g}"
+        ):
+            widen_packed(packed, 4)
     packed.scales[3] = np.float16(65504 / 2)
     with pytest.raises(UnsupportedError) as caught:
         widen_packed(packed, 4)

@@ -147,6 +147,14 @@ def test_refusals(case: int) -> None:
     assert str(caught.value) == expected
 
 
+def test_what_is_known_of_a_weight() -> None:
+    """Name, sizes and grid, and the weight itself when it is asked for."""
+    subject = Subject.of(replace(Q4_K, name="w"))
+    expected = WeightInfo(out_features=2, in_features=256, bits=4, group_size=32, zero_point="float", k_grid="q4_k")
+    assert (subject.name, subject.info) == ("w", expected)
+    assert np.array_equal(subject.read().scales, Q4_K.scales)
+
+
 def test_bytes_of_an_encoding() -> None:
     """What the plan counts is what is written; no row is cut."""
     cases = ((NONE, "Q4_0"), (INTEGER, "Q4_1"), (INTEGER, "Q5_0"), (NONE, "F32"), (Q4_K, "Q4_K"), (Q3_K, "Q3_K"))

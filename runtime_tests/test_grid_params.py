@@ -151,3 +151,17 @@ def test_mins_on_a_k_grid() -> None:
     assert torch.equal(params.scales, snapped)
     assert torch.equal(params.mins, snap_mins(-8 * snapped, "q4_k"))
     assert not torch.equal(params.mins, snap_mins(-8 * snapped, "fp16"))
+
+
+def test_seven_bit_scales_are_the_nearest() -> None:
+    """Every fp16 number of the range: the nearer of its two neighbours with four low bits clear, halves to even."""
+    least, most = (int(np.float16(end).view(np.uint16)) for end in (2.0**-20, 4096.0))
+    bits = np.arange(least, most + 1, dtype=np.uint16)
+    values = bits.view(np.float16).astype(np.float64)
+    below = bits & np.uint16(0xFFF0)
+    above = below + np.uint16(16)
+    low, high = (edge.view(np.float16).astype(np.float64) for edge in (below, above))
+    up = (high - values < values - low) | ((high - values == values - low) & (below >> 4 & 1 == 1))
+    expected = np.where(up, high, low)
+    assert np.array_equal(snap_scales(torch.from_numpy(values), "fp16_s7").numpy(), expected)
+    assert 0 < np.count_nonzero(high - values == values - low) < len(values)

@@ -168,6 +168,7 @@ def test_rows_that_do_not_fill_words_of_onnx() -> None:
 def test_rows_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as there may be codes, at least one."""
     packed = PackedWeight.of(random_weight((5, 32), QuantConfig(group_size=32), 0))
+    assert packed.fields(4) is packed.packed
     for codes, sizes in ((64, [2, 2, 1]), (95, [2, 2, 1]), (1, [1] * 5), (32, [1] * 5), (160, [5])):
         monkeypatch.setattr(packed_weight, "PIECE_CODES", codes)
         assert [rows.stop - rows.start for rows in packed.row_slices()] == sizes
