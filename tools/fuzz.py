@@ -7,6 +7,7 @@ processor time is a failure, and its input is kept under build/fuzz/PARSER.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -111,6 +112,7 @@ def _batch(state: State, target: Target, seeds: Sequence[bytes], count: int, out
 
 
 def _child(state: State, target: Target, seeds: Sequence[bytes], count: int, shared: mmap.mmap, out: Path) -> None:
+    faulthandler.disable()  # the parent tells of a crash
     size = _address_space() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
