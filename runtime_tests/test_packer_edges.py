@@ -13,6 +13,7 @@ from exporters.compressed_tensors.pack import pack_zeros, unpack_zeros
 from exporters.gguf import encode_packed, pack, pack_k
 from exporters.gguf.encode import encoded_nbytes
 from exporters.gptq.pack import decode_zeros, encode_zeros
+from exporters.onnx import pack as onnx_pack
 from exporters.onnx.pack import _group_bias as group_bias
 from exporters.onnx.pack import (
     choose_block,
@@ -168,7 +169,6 @@ def test_rows_that_do_not_fill_words_of_onnx() -> None:
 def test_rows_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as there may be codes, at least one."""
     packed = PackedWeight.of(random_weight((5, 32), QuantConfig(group_size=32), 0))
-    assert packed.fields(4) is packed.packed
     for codes, sizes in ((64, [2, 2, 1]), (95, [2, 2, 1]), (1, [1] * 5), (32, [1] * 5), (160, [5])):
         monkeypatch.setattr(packed_weight, "PIECE_CODES", codes)
         assert [rows.stop - rows.start for rows in packed.row_slices()] == sizes
@@ -199,3 +199,24 @@ def test_codes_that_stay_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> No
     for kind, encoding in others:
         with pytest.raises(AssertionError, match=encoding):
             next(encode_packed.encode_pieces(weights[kind], encoding))
+
+
+def test_onnx_codes_are_transposed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code by code only where rows of the transpose end inside a word."""
+
+    def refuse(weight: QuantizedWeight, *, signed: bool) -> np.ndarray:
+        raise AssertionError("unpacked")
+
+    monkeypatch.setattr(onnx_pack, "pack_linear_codes", refuse)
+    for rows in (8, 24, 72):
+        packed = PackedWeight.of(random_weight((rows, 32), QuantConfig(group_size=32), 0))
+        assert sum(piece.nbytes for piece in code_pieces(packed, signed=True)) == rows * 16
+    with pytest.raises(AssertionError, match="unpacked"):
+        next(code_pieces(PackedWeight.of(random_weight((12, 32), QuantConfig(group_size=32), 0)), signed=True))
+
+
+def test_fields_of_the_same_width_are_the_codes() -> None:
+    """Nothing is copied; fields that are shifted are others."""
+    packed = PackedWeight.of(random_weight((5, 32), QuantConfig(bits=3, group_size=32), 0))
+    assert packed.fields(3) is packed.packed
+    assert not np.array_equal(packed.fields(4, 4), packed.fields(4))
