@@ -80,6 +80,7 @@ class FaultWorker:
         """Start a command line; returns its process id and its log."""
         self._number += 1
         log = self._scratch / f"{self._number}.log"
+        log.touch()  # there is one, however early the command is killed
         request = {"argv": argv, "root": str(root), "fault": asdict(fault), "log": str(log)}
         return int(self._ask({"start": request})["pid"]), log
 
