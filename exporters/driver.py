@@ -21,7 +21,7 @@ from l4q.durable import sync_tree
 from l4q.errors import InexactError, L4QError, UsageError, VerificationError
 from l4q.file_table import file_facts
 from l4q.files import refuse_existing, staged_folder
-from l4q.journal import Journal
+from l4q.journal import JOURNAL_FILES, Journal
 
 # format name -> package with plan, write, read_back and usage; imported only when that format is asked for
 EXPORTERS = {
@@ -176,7 +176,7 @@ class _Job:
 
         with _one_torch_thread():
             self.exporter.write(self.checkpoint, self.plan, stage, self.options, advance, journal)
-        sync_tree(stage)
+        sync_tree(stage, leave=JOURNAL_FILES)  # another thread replaces these
         journal.add_rest(stage)
 
     def _verify(self, stage: Path) -> VerifyReport | None:

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -83,10 +83,10 @@ def sync_folder(path: Path) -> None:
             raise
 
 
-def sync_tree(folder: Path) -> None:
-    """Wait until every file and folder below is on the disk."""
+def sync_tree(folder: Path, *, leave: Collection[str] = ()) -> None:
+    """Wait until every file and folder below is on the disk, but for files named in `leave`, which may come and go."""
     for parent, _, names in os.walk(folder):
-        for name in sorted(names):
+        for name in sorted(set(names) - set(leave)):
             sync_file(Path(parent, name))
         sync_folder(Path(parent))
 

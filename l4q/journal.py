@@ -20,6 +20,9 @@ from l4q.file_table import FileFacts, FileTable, file_facts, list_files, read_ta
 from l4q.prefix_hash import Advance, PrefixHash
 
 JOURNAL_NAME = ".l4q_journal.jsonl"
+_PART_NAME = ".l4q_journal.part"
+JOURNAL_FILES = (JOURNAL_NAME, _PART_NAME)
+"""What the journal itself brings to the disk, in its own time."""
 
 
 class Journal:
@@ -139,7 +142,7 @@ class Journal:
         entries: list[Mapping[str, Any]] = [header, *({"name": name, **facts} for name, facts in self._table.items())]
         if self._written:
             entries.append({"written": True})
-        part = self._path.with_suffix(".part")
+        part = self._path.with_name(_PART_NAME)
         with part.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
             file.flush()

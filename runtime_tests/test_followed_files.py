@@ -10,9 +10,10 @@ import pytest
 
 from exporters.driver import export
 from exporters.manifest import MANIFEST_NAME
-from l4q import prefix_hash
+from l4q import durable, prefix_hash
+from l4q.durable import sync_file, sync_tree
 from l4q.file_table import check_files
-from l4q.journal import Journal
+from l4q.journal import JOURNAL_FILES, Journal
 from runtime_tests.fault_exports import Exports
 
 
@@ -50,3 +51,24 @@ def test_followed_exports_record_what_is_on_the_disk(
     content = largest.read_bytes()
     largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert check_files(folder, table, skip=(MANIFEST_NAME,)).changed == (largest.name,)
+
+
+def test_a_journal_that_is_replaced_meanwhile_stops_no_export(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal's thread renames its file whenever it likes: nobody else opens it; the twin, who does, stumbles."""
+    opened = []
+
+    def sync(path: Path) -> None:
+        opened.append(path.name)
+        sync_file(path)
+
+    monkeypatch.setattr(durable, "sync_file", sync)
+    export(exports.source, "gguf", tmp_path / "gguf", check="none")
+    assert "README.md" in opened or any(name.endswith(".gguf") for name in opened)
+    assert not set(opened) & set(JOURNAL_FILES)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / JOURNAL_FILES[1]).symlink_to("gone")
+    sync_tree(tmp_path / "tree", leave=JOURNAL_FILES)
+    with pytest.raises(FileNotFoundError):
+        sync_tree(tmp_path / "tree")
