@@ -21,7 +21,7 @@ from l4q.checkpoint import L4QCheckpoint
 from l4q.config import LoraConfig, QuantConfig
 from l4q.model import save_l4q, wrap_linears
 
-LAYERS = (2, 18)
+LAYERS = (2, 34)
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
 
 

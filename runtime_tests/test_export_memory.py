@@ -27,12 +27,18 @@ def more(peaks: dict[str, list[int]], name: str) -> int:
     return peaks[name][1] - peaks[name][0]
 
 
-@pytest.mark.parametrize("name", ["freeze", *FORMATS, "evaluate"])
+@pytest.mark.parametrize("name", ["freeze", *FORMATS])
 def test_peak_is_independent_of_size(peaks: dict[str, list[int]], name: str) -> None:
-    """A checkpoint of nine times the layers needs no more memory, to within a fraction of what it is larger."""
+    """A checkpoint of seventeen times the layers needs no more memory, to within a fraction of what it is larger."""
     larger = more(peaks, "bytes")
     assert larger > 30 << 20
     assert more(peaks, name) < larger / 2, peaks
+
+
+def test_evaluating_holds_no_float_weights(peaks: dict[str, list[int]]) -> None:
+    """One layer is dequantized at a time. The mapped codes may come in again, where the system had dropped them."""
+    larger = more(peaks, "bytes")
+    assert more(peaks, "evaluate") < 1.5 * larger < more(peaks, "dequantize") / 3, peaks
 
 
 def test_the_measurement_sees_what_is_held(peaks: dict[str, list[int]]) -> None:
