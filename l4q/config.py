@@ -12,7 +12,7 @@ from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, K_GRIDS, SUPERBLOCK, KGri
 
 ZeroPoint = Literal["none", "integer", "float"]
 ScaleGrid = Literal["fp16", "fp16_s7", "q4_k", "q3_k"]
-Init = Literal["l4q", "lsq+", "symm", "asymm", "calibrated"]
+Init = Literal["l4q", "lsq+", "symm", "asymm", "calibrated", "reconstructed"]
 KernelChoice = Literal["auto", "eager", "numba", "triton"]
 GradientScale = Literal["none", "lsq"]
 BaseStorage = Literal["dense", "int8", "int4", "start"]

@@ -62,6 +62,11 @@ class TrainingData:
         """Tokens that carry loss in all examples."""
         return sum(example.targets for example in self.examples)
 
+    def spread(self, count: int) -> list[list[int]]:
+        """Token ids of up to `count` examples from the whole of the data, not its first document."""
+        step = max(1, len(self.examples) // count)
+        return [example.input_ids for example in self.examples[::step][:count]]
+
     def facts(self) -> dict[str, Any]:
         """Counts and hash as plain JSON values."""
         return {

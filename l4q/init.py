@@ -12,7 +12,8 @@ clip by design and take the nearest scale.
 | `symm`  | max|W| / 2^(n-1)                         | 0                    | yes                |
 | `asymm` | (max W - min W) / (Q_P - Q_N)            | max W - s Q_P        | no                 |
 
-A fifth, `calibrated` (`l4q.calibrate`), is ours: it searches s and b on real inputs, and clips where that pays.
+Two more are ours: `calibrated` (`l4q.calibrate`) searches s and b on real inputs, and clips where that pays;
+`reconstructed` (`l4q.reconstruct`) starts from that and trains W0, s and b block by block before L4Q begins.
 
 `asymm` follows the kind of zero-point. "float": b as in the table, with m = b + Q_N s rounded down and s up.
 "integer": only whole steps are possible, so of all z in [1, 2^n - 1] the one whose smallest non-clipping s is least.
@@ -50,7 +51,7 @@ def init_qparams(
     Args:
         weight: [out, in], any float dtype.
         quant: The grid.
-        init: A key of `INITIALISATIONS`, or "calibrated".
+        init: A key of `INITIALISATIONS`, "calibrated", or "reconstructed", which for a single layer is the same.
         moments: E[x_j^2] of the layer's inputs, [in], for "calibrated"; None weighs all columns alike.
 
     Returns:
@@ -60,7 +61,7 @@ def init_qparams(
         UsageError: The name is unknown, or the grid has no offsets where the initialisation needs them.
     """
     check_init(init, quant)
-    if init == "calibrated":
+    if init in ("calibrated", "reconstructed"):  # of the latter, layers that lie in no block come here
         from l4q.calibrate import search_grid
 
         return search_grid(weight, quant, moments)

@@ -18,6 +18,7 @@ from l4q.config import BaseStorage, GridLearning, Init, KernelChoice, LoraConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
 from l4q.files import find_side_files
+from l4q.init import Start
 from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, SUPERBLOCK
 from l4q.linear import L4QLinear
 from l4q.rules import Override
@@ -72,6 +73,7 @@ def wrap_linears(
     start: PretrainedStart | None = None,
     storage: BaseStorage = "dense",
     moments: Mapping[str, torch.Tensor] | None = None,
+    found: Mapping[str, Start] | None = None,
     overrides: Sequence[Override] = (),
     skip: Sequence[str] = (),
     quantize_head: bool = False,
@@ -90,6 +92,7 @@ def wrap_linears(
         start: The pre-quantized source of the model; where its grid fits, its own scales and zero-points are taken.
         storage: How the frozen weights are kept, see `l4q.base`.
         moments: Of each layer's inputs, from `l4q.calibrate.input_moments`, for init "calibrated".
+        found: s and b of layers that need no initialisation, from `l4q.reconstruct`.
         overrides: Other grids for some modules; the first that matches a module holds.
         skip: Patterns of modules that stay dense, whatever the other options say.
         quantize_head: Quantize the output head too, which the target patterns do not reach.
@@ -101,7 +104,7 @@ def wrap_linears(
         UnsupportedError: The head is to be quantized, and it is the embedding matrix or no linear layer.
     """
     chosen = choose_targets(model, quant, lora.target_modules, overrides=overrides, skip=skip, head=quantize_head)
-    wrapped, fallback = _fitting(chosen, lora, skip_indivisible=skip_indivisible)
+    wrapped, fallback = fitting(chosen, lora, skip_indivisible=skip_indivisible)
     linears = chosen.linears
     model.requires_grad_(False)
     dense = tuple(name for name in linears if name not in set(wrapped))
@@ -110,7 +113,8 @@ def wrap_linears(
     for name in wrapped:
         linear, grid = linears.pop(name), chosen.grids[name]  # popped, so that a weight that is packed is freed at once
         own = adopt(name, cast(nn.Parameter, linear.weight), grid, start, storage)
-        settings.update(base=own.base, qparams=own.qparams, moments=(moments or {}).get(name))
+        qparams = own.qparams or (found or {}).get(name)
+        settings.update(base=own.base, qparams=qparams, moments=(moments or {}).get(name))
         layer = L4QLinear.from_linear(linear, grid, lora, **settings)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
@@ -123,7 +127,7 @@ def wrap_linears(
     )
 
 
-def _fitting(chosen: Targets, lora: LoraConfig, *, skip_indivisible: bool) -> tuple[list[str], tuple[str, ...]]:
+def fitting(chosen: Targets, lora: LoraConfig, *, skip_indivisible: bool) -> tuple[list[str], tuple[str, ...]]:
     """The targets to wrap, and those of them that are on a K grid's fallback; see `wrap_linears`."""
     odd, fallback = chosen.indivisible(), chosen.fallback
     if odd and not skip_indivisible:

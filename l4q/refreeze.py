@@ -20,6 +20,7 @@ import torch
 from l4q.config import QuantConfig, ScaleGrid, ZeroPoint
 from l4q.errors import UsageError
 from l4q.files import refuse_existing
+from l4q.found_start import load_found
 from l4q.linear import L4QLinear
 from l4q.model import l4q_layers, load_trainable_state, trained_grid
 from l4q.quant import merge_lora
@@ -112,7 +113,8 @@ def refreeze(options: FreezeOptions) -> dict[str, Any]:
     evaluator = Evaluator(windows=evaluation_windows(options.evaluation, model, tokenizer))
     warming = in_warmup(step, recorded.lora_warmup_steps)
     # Past the warm-up the saved s and b replace the initial ones, which then need not be searched.
-    wrap_model(model, recorded if warming else replace(recorded, init="l4q"))
+    found = load_found(RunFolder(options.run).found_start, model).grids if recorded.init == "reconstructed" else {}
+    wrap_model(model, recorded if warming else replace(recorded, init="l4q"), found=found)
     trained = trained_grid(model)
     target = target_grid(trained, options)
     load_trainable_state(model, saved_tensors(folder / TRAINABLE))

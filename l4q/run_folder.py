@@ -37,6 +37,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
+        self.found_start = path / "start.safetensors"
         self.checkpoint = path / "checkpoint"
         self._lock: FolderLock | None = None
 

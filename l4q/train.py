@@ -26,6 +26,7 @@ from l4q.distributed import (
 from l4q.errors import UsageError
 from l4q.evaluate import text_windows, windows_perplexity
 from l4q.files import portable_tokenizer_config
+from l4q.found_start import FoundStart, find_start, load_found, save_found
 from l4q.kernels.select import kernels_for
 from l4q.model import load_trainable_state, save_l4q, trained_grid, unquantized
 from l4q.reporters import require_reporters
@@ -122,16 +123,18 @@ def _train(options: TrainOptions, args: TrainingArguments, run: RunFolder) -> di
     set_seed(options.seed)
     if not options.fsdp and options.base_storage == "dense":
         model.to(device)
-    report = wrap_model(model, options, data)
+    found, base = _found_start(model, options, data, run, evaluator)
+    report = wrap_model(model, options, data, found.grids)
     if not options.fsdp:
         model.to(device)  # packed weights are packed on the CPU: the device never sees them dense
     log.info("%d linear layers quantized, %d left dense", len(report.wrapped), len(report.dense))
     if options.fsdp:
         shard_model(model, device)
     with unquantized(model):
-        perplexities = evaluator.measure("base", model)
+        perplexities = base or evaluator.measure("base", model)
     perplexities |= evaluator.measure("start", model)
     decide(lambda: run.start(options, data.facts()))
+    decide(lambda: None if run.found_start.exists() else save_found(run.found_start, found))
 
     began, use_cache = time.monotonic(), model.config.use_cache
     held_out = HeldOut(evaluator.perplexity, options.evaluation.every)
@@ -154,6 +157,18 @@ def _train(options: TrainOptions, args: TrainingArguments, run: RunFolder) -> di
     }
     decide(lambda: write_json(run.result, result))
     return result
+
+
+def _found_start(
+    model: Any, options: TrainOptions, data: TrainingData, run: RunFolder, evaluator: Evaluator
+) -> tuple[FoundStart, dict[str, float]]:
+    """What init "reconstructed" finds or has found, and the original model's perplexity; else nothing."""
+    if options.init != "reconstructed":
+        return FoundStart({}, {}), {}
+    base = evaluator.measure("base", model)
+    if options.resume and run.config.exists():
+        return load_found(run.found_start, model), base
+    return find_start(model, options, data), base
 
 
 def context_length(model: Any) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from l4q.calibrate import Moments, input_moments
 from l4q.data import TrainingData
 from l4q.errors import UnsupportedError, UsageError
 from l4q.guards import first_line, foreign
+from l4q.init import Start
 from l4q.model import WrapReport, l4q_layers, wrap_linears
 from l4q.model_folder import check_folder, check_size
 from l4q.rules import split_siblings
@@ -102,13 +104,19 @@ def _dense_model(options: TrainOptions, source: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = None) -> WrapReport:
+def wrap_model(
+    model: Any,
+    options: TrainOptions,
+    data: TrainingData | None = None,
+    found: Mapping[str, Start] | None = None,
+) -> WrapReport:
     """Wrap the linears of a loaded model as these options say.
 
     Args:
         model: As `load_model` returns it.
         options: Of the run.
         data: What it trains on, for init "calibrated"; without it that init weighs all columns alike.
+        found: s and b that init "reconstructed" has found for the weights that the model holds.
 
     Raises:
         UsageError: The options do not fit the model, see `wrap_linears`.
@@ -129,6 +137,7 @@ def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = No
         start=start,
         storage=options.base_storage,
         moments=_moments(model, options, data),
+        found=found,
         overrides=options.overrides,
         skip=options.skip,
         quantize_head=options.quantize_head,
@@ -147,8 +156,7 @@ def wrap_model(model: Any, options: TrainOptions, data: TrainingData | None = No
 def _moments(model: Any, options: TrainOptions, data: TrainingData | None) -> Moments:
     if options.init != "calibrated" or data is None:
         return {}
-    step = max(1, len(data.examples) // options.calibration)  # from the whole of the data, not its first document
-    chosen = [example.input_ids for example in data.examples[::step][: options.calibration]]
+    chosen = data.spread(options.calibration)
     log.info("calibrating the grid on %d sequences", len(chosen))
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     return input_moments(model, names, chosen)

@@ -107,7 +107,9 @@ class TrainOptions:
     init: Init = "l4q"
     """How scales and offsets start, see `l4q.init`."""
     calibration: int = 16
-    """Training sequences that init "calibrated" looks at."""
+    """Training sequences that init "calibrated" and "reconstructed" look at."""
+    reconstruct_epochs: int = 2
+    """Passes over them per block with init "reconstructed"."""
     learning: GridLearning = field(default_factory=GridLearning)
     lora_warmup_steps: int = 0
     """First optimizer steps that train plain LoRA; then s and b start from the merged weights."""
@@ -170,15 +172,21 @@ class TrainOptions:
         require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
         reporters = get_args(Reporter)[1:]
         require(set(self.report_to) <= set(reporters), "report_to", self.report_to, f"some of {reporters}")
-        for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration"):
+        for name in ("batch_size", "grad_accum", "save_every", "keep_states", "calibration", "reconstruct_epochs"):
             require(1 <= getattr(self, name) <= MOST_COUNT, name, getattr(self, name), f"from 1 to {MOST_COUNT}")
         require(self.steps is None or 1 <= self.steps <= MOST_COUNT, "steps", self.steps, f"from 1 to {MOST_COUNT}")
         require(not (self.fsdp and self.trust_remote_code), "trust_remote_code", "with fsdp", "one process, or DDP")
         require(
-            not (self.fsdp and self.init == "calibrated"),
+            not (self.fsdp and self.init in ("calibrated", "reconstructed")),
             "init",
-            "calibrated with fsdp",
-            "another initialisation, as calibrating needs the whole model in every process",
+            f"{self.init} with fsdp",
+            "another initialisation, as this one needs the whole model in every process",
+        )
+        require(
+            not (self.distill and self.init == "reconstructed"),
+            "distill",
+            "with init reconstructed",
+            "one of the two: reconstruction replaces W0, which would be the teacher",
         )
         for grid in (self.quant, *(override.apply(self.quant) for override in self.overrides)):
             check_init(self.init, grid)

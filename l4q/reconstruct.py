@@ -1,0 +1,268 @@
+"""A start for L4Q at few bits: weights and grids trained block by block until each block gives its original outputs.
+
+Not in the paper. A decoder block is small enough to train all of its weights through the quantizer, and its own outputs
+say far more about them than the text's next token does, so a few dozen steps on a few dozen sequences undo most of what
+rounding costs (BRECQ, Li et al., arXiv 2102.05426; with all weights, EfficientQAT, Chen et al., arXiv 2407.11062). Each
+block reads what the quantized blocks before it give, and is taught what the original model has at that place.
+
+The result is no quantized model yet: a W0 whose weights lie where rounding takes them to the codes that were found, and
+the s and b to round with. `l4q.train` goes on from there with A and B as from any other W0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from l4q.blocks import Call, decoder_blocks, record_calls
+from l4q.calibrate import search_grid
+from l4q.compensate import Compensated, compensate
+from l4q.config import QuantConfig
+from l4q.init import Start
+from l4q.quant import StraightThrough, grid_params
+from l4q.train_options import MOST_COUNT, require
+
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions:
+    """How blocks are trained. Learning rates are shares of a layer's mean s, so that they fit any width and model.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    epochs: int = 2
+    """Passes over the sequences per block."""
+    batch_size: int = 2
+    """Sequences per step."""
+    lr: float = 2e-2
+    """Peak learning rate of the weights."""
+    scale_lr: float = 1e-3
+    """Peak learning rate of the scales s."""
+    offset_lr: float = 3e-3
+    """Peak learning rate of the offsets b."""
+    amp: bool = False
+    """Products in bfloat16 (autocast); weights and grids stay in float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            require(1 <= getattr(self, name) <= MOST_COUNT, name, getattr(self, name), f"from 1 to {MOST_COUNT}")
+        for name in ("lr", "scale_lr", "offset_lr"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share of a step, from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """How far one block's outputs are from the original model's: squared error over squared size, sinks capped."""
+
+    name: str
+    before: float
+    """With the searched grid and compensated rounding."""
+    after: float
+    """After its training."""
+
+
+def reconstruct(
+    model: Any,
+    grids: Mapping[str, QuantConfig],
+    sequences: Sequence[Sequence[int]],
+    options: ReconstructOptions,
+    progress: Callable[[BlockReport], None] = lambda report: None,
+) -> dict[str, Start]:
+    """Give the target layers new weights, in place, and find their grids.
+
+    Args:
+        model: A causal language model, not wrapped.
+        grids: Target layer -> its grid; layers outside the decoder's blocks are left alone.
+        sequences: Token ids; those of equal length share batches.
+        options: How to train.
+        progress: Called after each block.
+
+    Returns:
+        s and b of every layer of `grids` that lies in a block, float32.
+
+    Raises:
+        UnsupportedError: The model has no list of blocks.
+    """
+    blocks = decoder_blocks(model, grids)
+    training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        recording = record_calls(model, list(blocks.values()), _batches(sequences, options.batch_size))
+        original = quantized = recording.hidden
+        found: dict[str, Start] = {}
+        for (name, block), calls in zip(blocks.items(), recording.calls, strict=True):
+            inside = {target: grid for target, grid in grids.items() if target.startswith(f"{name}.")}
+            original = _outputs(block, calls, original)
+            with _trainable(model, inside, _grams(model, inside, block, calls, quantized)) as layers:
+                lesson = _Lesson(block, calls, quantized, original, amp=options.amp)
+                before = lesson.error()
+                _train(lesson, layers, options)
+                progress(BlockReport(name=name, before=before, after=lesson.error()))
+                quantized = _outputs(block, calls, quantized)
+            found |= {target: layer.start() for target, layer in layers.items()}
+    finally:
+        model.train(training)
+        for parameter, keeps in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(keeps)
+    return found
+
+
+class _FullLinear(nn.Module):
+    """A linear layer whose every weight trains through the quantizer (full quantization-aware training)."""
+
+    def __init__(self, weight: Compensated, bias: nn.Parameter | None, quant: QuantConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.weight)
+        self.scales = nn.Parameter(weight.start.scales)
+        self.offsets = nn.Parameter(weight.start.offsets, requires_grad=quant.zero_point != "none")
+        self.bias, self.quant = bias, quant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [..., in] -> [..., out] through the quantized weight; LSQ's gradients, here by autograd."""
+        params = grid_params(self.scales, self.offsets, self.quant)
+        grouped = self.weight.view(*params.scales.shape, -1)
+        s, m = params.scales.unsqueeze(-1), params.mins.unsqueeze(-1)
+        position = ((grouped - m) / s).clamp(0, self.quant.max_code)
+        codes = cast(torch.Tensor, StraightThrough.apply(position, position.detach().round()))
+        return F.linear(x, (codes * s + m).view(self.weight.shape).to(x.dtype), self.bias)
+
+    def start(self) -> Start:
+        """What was found."""
+        return Start(self.scales.detach(), self.offsets.detach())
+
+
+@contextmanager
+def _trainable(
+    model: nn.Module, grids: Mapping[str, QuantConfig], grams: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, _FullLinear]]:
+    """Put trainable layers into a block; when it is left, the linear layers are back, with the trained weights."""
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in grids}
+    layers: dict[str, _FullLinear] = {}
+    try:
+        for name, linear in linears.items():
+            began = _begin(linear.weight, grams[name], grids[name])
+            layers[name] = _FullLinear(began, cast("nn.Parameter | None", linear.bias), grids[name])
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield layers
+        for name, layer in layers.items():
+            linears[name].weight.copy_(layer.weight.detach())
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
+
+
+def _begin(weight: torch.Tensor, gram: torch.Tensor, quant: QuantConfig) -> Compensated:
+    if quant.k_grid is None:
+        return compensate(weight, gram, quant)
+    # A group's neighbours decide its grid there, and error compensation needs the grid column by column.
+    return Compensated(weight.detach().float().clone(), search_grid(weight, quant, gram.diagonal()))
+
+
+class _Lesson:
+    """A block, what it reads and what it is to give."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        calls: Sequence[Call],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        amp: bool,
+    ) -> None:
+        self._block, self._calls, self._inputs, self._outputs, self._amp = block, calls, inputs, outputs, amp
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def loss(self, number: int) -> torch.Tensor:
+        """Squared error of one batch over its squared size.
+
+        Attention sinks, single positions a thousand times larger than the others, count like an ordinary one.
+        """
+        inputs, wanted = self._inputs[number], self._outputs[number].float()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._amp):
+            given = self._calls[number](self._block, inputs)
+        size = wanted.square().sum(-1, keepdim=True)  # [batch, length, 1]
+        share = (size.median() / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+        return (share * (given.float() - wanted).square()).sum() / (share * size).sum()
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """The mean loss."""
+        return sum(float(self.loss(number)) for number in range(len(self))) / len(self)
+
+
+def _train(lesson: _Lesson, layers: Mapping[str, _FullLinear], options: ReconstructOptions) -> None:
+    """AdamW with cosine decay, the batches in another order in every epoch."""
+    groups: list[dict[str, Any]] = []
+    for layer in layers.values():
+        step = float(layer.scales.detach().mean())
+        rates = ((layer.weight, options.lr), (layer.scales, options.scale_lr), (layer.offsets, options.offset_lr))
+        groups += [{"params": [p], "lr": rate * step} for p, rate in rates if p.requires_grad]
+    if not groups:
+        return
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(lesson))
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    order = torch.Generator().manual_seed(0)
+    for _ in range(options.epochs):
+        for number in torch.randperm(len(lesson), generator=order).tolist():
+            lesson.loss(number).backward()
+            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _grams(
+    model: nn.Module,
+    names: Mapping[str, QuantConfig],
+    block: nn.Module,
+    calls: Sequence[Call],
+    inputs: Sequence[torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Sums of x x^T over what a block's layers read, float32 [in, in]."""
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
+    sums = {n: torch.zeros(lin.in_features, lin.in_features, device=lin.weight.device) for n, lin in linears.items()}
+
+    def adder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            flat = args[0].flatten(0, -2).float()  # [tokens, in]
+            sums[name].addmm_(flat.T, flat)
+
+        return add
+
+    hooks = [linear.register_forward_pre_hook(adder(name)) for name, linear in linears.items()]
+    try:
+        _outputs(block, calls, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, calls: Sequence[Call], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [call(block, hidden) for call, hidden in zip(calls, inputs, strict=True)]
+
+
+def _batches(sequences: Sequence[Sequence[int]], size: int) -> list[torch.Tensor]:
+    """Token ids [up to `size`, length], of sequences of one length each."""
+    lengths: dict[int, list[Sequence[int]]] = {}
+    for ids in sequences:
+        lengths.setdefault(len(ids), []).append(ids)
+    return [
+        torch.tensor(alike[first : first + size]) for alike in lengths.values() for first in range(0, len(alike), size)
+    ]
