@@ -24,17 +24,17 @@ from rich.progress import track
 from l4q.cli_common import run
 from l4q.config import Init, QuantConfig
 from l4q.errors import UsageError
-from l4q.model import freeze_model, wrap_linears
+from l4q.model import freeze_model
 from l4q.trainer import parameter_groups
 from tools.reproduction.bench import Workbench
 from tools.reproduction.data import HELD_OUT, load_tokens
-from tools.reproduction.l4q_rows import calibration_moments
+from tools.reproduction.l4q_rows import wrap
 from tools.reproduction.recipe import MODELS, Cell, Recipe
 
 AXES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "zero-point": ("zero_point", ("none", "integer", "float")),
     "scale grid": ("scale_grid", ("fp16_s7", "fp16")),
-    "initialisation": ("init", ("l4q", "lsq+", "symm", "asymm", "calibrated")),
+    "initialisation": ("init", ("l4q", "lsq+", "symm", "asymm", "calibrated", "reconstructed")),
     "share of distillation in the loss": ("distill", (0.0, 0.5, 1.0)),
     "learning rate of s / that of A, B": ("scale_share", (0.0, 0.01, 0.05, 0.25, 1.0)),
     "learning rate of b / that of A, B": ("offset_share", (0.0, 0.01, 0.05, 0.25, 1.0)),
@@ -94,8 +94,7 @@ def measure(variant: Variant, recipe: Recipe, seed: int, assets: Path, out: Path
     grid = {"bits": variant.bits, "group_size": recipe.group_size, "zero_point": variant.zero_point}
     quant = QuantConfig.from_dict({**grid, "scale_grid": variant.scale_grid})
     model = bench.load()
-    moments = calibration_moments(bench, model) if variant.init == "calibrated" else None
-    wrap_linears(model, quant, bench.lora, init=variant.init, moments=moments, skip_indivisible=True)
+    wrap(bench, model, quant, variant.init)
     untrained = bench.deployed_quantized("start", dict(freeze_model(model))).perplexity
     trained = None
     if train:

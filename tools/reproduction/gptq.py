@@ -1,7 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1), re-implemented: GPTQModel 7.7 needs a newer torch.
 
-Columns are quantized one after another; the error of each is spread over the columns not yet done with the inverse
-Hessian's Cholesky factor. Groups take their min-max grid from the updated weights when the first of their columns is
+Errors are spread by `l4q.compensate`. Groups take their min-max grid from the updated weights when the first of their columns is
 reached. No column reordering. Decoder blocks are done in order, each on the inputs that the quantized blocks before it
 produce.
 """
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from l4q.compensate import Rounding, spread_errors
 from l4q.weight import QuantizedWeight
 from tools.reproduction.quantizers import Grid, minmax_grid, pack
-
-DAMPING = 0.01
 
 
 class _CapturedError(Exception):
@@ -34,31 +32,21 @@ def gptq_weight(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_si
         group_size: Columns per scale, dividing in.
         name: For error messages.
     """
-    work = weight.detach().float().clone()
-    hessian = hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    work[:, dead] = 0
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True)  # rows hold how an error spreads to later columns
-    codes, scales, zeros = torch.empty_like(work), [], []
+    grids: list[Grid] = []
     top = (1 << bits) - 1
-    for start in range(0, work.shape[1], group_size):
-        stop = start + group_size
-        grid = minmax_grid(work[:, start:stop].contiguous(), bits, group_size)
-        scales.append(grid.scales)
-        zeros.append(grid.zeros)
-        s, z = grid.scales[:, 0], grid.zeros[:, 0]
-        errors = torch.empty(work.shape[0], group_size, device=work.device)
-        for column in range(start, stop):
-            code = (work[:, column] / s + z).round().clamp(0, top)
-            codes[:, column] = code
-            error = (work[:, column] - (code - z) * s) / factor[column, column]
-            work[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
-            errors[:, column - start] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return pack(codes, Grid(torch.cat(scales, 1), torch.cat(zeros, 1)), bits, name)
+
+    def codes(values: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return (values / s + z).round().clamp(0, top)
+
+    def begin(group: torch.Tensor, _: slice) -> Rounding:
+        grids.append(minmax_grid(group, bits, group_size))
+        s, z = grids[-1].scales[:, 0], grids[-1].zeros[:, 0]
+        return lambda column: (codes(column, s, z) - z) * s
+
+    moved = spread_errors(weight, hessian, group_size, begin)
+    scales, zeros = torch.cat([grid.scales for grid in grids], 1), torch.cat([grid.zeros for grid in grids], 1)
+    wide = (part.repeat_interleave(group_size, 1) for part in (scales, zeros))
+    return pack(codes(moved, *wide), Grid(scales, zeros), bits, name)
 
 
 @torch.no_grad()

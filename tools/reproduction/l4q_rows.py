@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, cast
 
 from l4q.calibrate import Moments, input_moments
-from l4q.config import QuantConfig, ZeroPoint
+from l4q.config import Init, QuantConfig, ZeroPoint
 from l4q.model import freeze_model, wrap_linears
+from l4q.reconstruct import BlockReport, ReconstructOptions, reconstruct
 from l4q.trainer import parameter_groups
 from tools.reproduction.bench import Deployed, Workbench
 from tools.reproduction.methods import METHODS
@@ -16,14 +18,37 @@ def run(bench: Workbench) -> list[Deployed]:
     """Wrap, train, freeze."""
     quant = QuantConfig(bits=bench.bits, group_size=bench.recipe.group_size, zero_point=cast(ZeroPoint, bench.variant))
     model = bench.load()
-    init = bench.recipe.init
-    moments = calibration_moments(bench, model) if init == "calibrated" else None
-    wrap_linears(model, quant, bench.lora, init=init, moments=moments, skip_indivisible=True)
+    wrap(bench, model, quant, bench.recipe.init)
+    row = METHODS[bench.cell.method].rows[0]
+    bench.notes["start_perplexity"] = bench.deployed_quantized(row, dict(freeze_model(model))).perplexity
     bench.train(model, parameter_groups(model, bench.optim), distill=bench.recipe.distill)
-    return [bench.deployed_quantized(METHODS[bench.cell.method].rows[0], dict(freeze_model(model)))]
+    return [bench.deployed_quantized(row, dict(freeze_model(model)))]
+
+
+def wrap(bench: Workbench, model: Any, quant: QuantConfig, init: Init) -> None:
+    """Wrap the target layers; what starts from data sees the sequences that the cell calibrates and trains on."""
+    given: dict[str, Any] = {}
+    if init == "calibrated":
+        given["moments"] = calibration_moments(bench, model)
+    if init == "reconstructed":
+        given["found"] = reconstruction(bench, model, quant)
+    wrap_linears(model, quant, bench.lora, init=init, skip_indivisible=True, **given)
 
 
 def calibration_moments(bench: Workbench, model: Any) -> Moments:
     """E[x^2] of the target layers' inputs on the sequences that GPTQ sees."""
     sequences = [ids for batch in bench.calibration for ids in batch.tolist()]
     return input_moments(model, bench.targets(model), sequences)
+
+
+def reconstruction(bench: Workbench, model: Any, quant: QuantConfig) -> Any:
+    """s and b of the target layers, which get a new W0, on GPTQ's sequences and those of the training steps."""
+    recipe, reports = bench.recipe, []
+
+    def report(block: BlockReport) -> None:
+        reports.append(asdict(block))
+
+    options = ReconstructOptions(epochs=recipe.reconstruct_epochs, batch_size=recipe.batch, amp=recipe.amp)
+    found = reconstruct(model, dict.fromkeys(bench.targets(model), quant), bench.sequences, options, report)
+    bench.notes["reconstruction"] = reports
+    return found

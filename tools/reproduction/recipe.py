@@ -11,7 +11,13 @@ from l4q.config import Init
 from l4q.errors import UsageError
 
 _L4Q = ("l4q-none", "l4q-integer", "l4q-float")
-READ_BY = {"init": _L4Q, "distill": _L4Q, "scale_lr": (*_L4Q, "qat-lora"), "offset_lr": (*_L4Q, "qat-lora")}
+READ_BY = {
+    "init": _L4Q,
+    "reconstruct_epochs": _L4Q,
+    "distill": _L4Q,
+    "scale_lr": (*_L4Q, "qat-lora"),
+    "offset_lr": (*_L4Q, "qat-lora"),
+}
 """Settings that only some methods read."""
 
 
@@ -51,7 +57,9 @@ class Recipe:
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
     init: Init = "l4q"
-    """How s and b of the L4Q rows start; "calibrated" looks at the sequences that GPTQ sees."""
+    """How the L4Q rows start; "calibrated" looks at GPTQ's sequences, "reconstructed" at all of the cell's."""
+    reconstruct_epochs: int = 2
+    """Passes over them per block with init "reconstructed"."""
     distill: float = 0.0
     """Share of the L4Q rows' loss that is the divergence from the 16-bit model (`l4q.distill`)."""
     amp: bool = False
@@ -105,7 +113,7 @@ MODELS: dict[str, Recipe] = {
         eval_windows=12,
         calibration=16,
         lr=1e-3,
-        init="calibrated",
+        init="reconstructed",
         amp=True,
     ),
 }
