@@ -44,7 +44,7 @@ def clipped(position: torch.Tensor, quant: QuantConfig) -> float:
 
 def test_every_name_has_an_initialiser() -> None:
     """The option's values and the table's keys are the same."""
-    assert (*INITIALISATIONS, "calibrated") == get_args(Init)
+    assert (*INITIALISATIONS, "calibrated", "reconstructed") == get_args(Init)
 
 
 @pytest.mark.parametrize("bits", BITS)
