@@ -55,8 +55,12 @@ RESULT_LINES = {
     help="Scale values; q4_k, q3_k: llama.cpp's.  [default: by --zero-point]",
 )
 @click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
-@click.option("--calibration", type=int, default=16, help="Training sequences for --init calibrated and reconstructed.")
-@click.option("--reconstruct-epochs", type=int, default=2, help="Passes over them per block with --init reconstructed.")
+@click.option(
+    "--calibration",
+    type=int,
+    help="Training sequences for --init calibrated and reconstructed.  [default: 16, reconstructed: 128]",
+)
+@click.option("--reconstruct-epochs", type=int, default=4, help="Passes over them per block with --init reconstructed.")
 @click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
 @click.option("--train-offsets/--no-train-offsets", default=True, help="Whether the offsets train, if there are any.")
 @click.option(

@@ -53,7 +53,7 @@ def find_start(model: Any, options: TrainOptions, data: TrainingData) -> FoundSt
             remedy="leave --init out, or start from the original model",
         )
     grids = _layers(model, options)
-    sequences = data.spread(options.calibration)
+    sequences = data.spread(cast(int, options.calibration))
     log.info("reconstructing blocks on %d sequences, %d times each", len(sequences), options.reconstruct_epochs)
     settings = ReconstructOptions(
         epochs=options.reconstruct_epochs, batch_size=options.batch_size, amp=options.amp == "bfloat16"

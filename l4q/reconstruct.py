@@ -39,7 +39,7 @@ class ReconstructOptions:
         UsageError: A value is out of range.
     """
 
-    epochs: int = 2
+    epochs: int = 4
     """Passes over the sequences per block."""
     batch_size: int = 2
     """Sequences per step."""

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -156,7 +156,7 @@ def wrap_model(
 def _moments(model: Any, options: TrainOptions, data: TrainingData | None) -> Moments:
     if options.init != "calibrated" or data is None:
         return {}
-    chosen = data.spread(options.calibration)
+    chosen = data.spread(cast(int, options.calibration))
     log.info("calibrating the grid on %d sequences", len(chosen))
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     return input_moments(model, names, chosen)

@@ -106,9 +106,9 @@ class TrainOptions:
     """Quantize the output head too; refused where it is the embedding matrix."""
     init: Init = "l4q"
     """How scales and offsets start, see `l4q.init`."""
-    calibration: int = 16
-    """Training sequences that init "calibrated" and "reconstructed" look at."""
-    reconstruct_epochs: int = 2
+    calibration: int | None = None
+    """Training sequences that init "calibrated" and "reconstructed" look at; None: 16, and 128 for "reconstructed"."""
+    reconstruct_epochs: int = 4
     """Passes over them per block with init "reconstructed"."""
     learning: GridLearning = field(default_factory=GridLearning)
     lora_warmup_steps: int = 0
@@ -155,7 +155,9 @@ class TrainOptions:
     """Where the figures of every step also go: "tensorboard" (RUN/tensorboard), "wandb" (Weights & Biases)."""
 
     def __post_init__(self) -> None:
-        """Check ranges and contradictions."""
+        """Fill in what depends on other options, and check ranges and contradictions."""
+        if self.calibration is None:
+            object.__setattr__(self, "calibration", 128 if self.init == "reconstructed" else 16)
         require(bool(self.data), "data", "no file", "at least one training file")
         require(self.steps is None or self.epochs is None, "steps", "both steps and epochs", "one of the two")
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
