@@ -67,7 +67,13 @@ def widen_packed(weight: PackedWeight, width: int) -> PackedWeight:
 
 def _refuse_overflow(weight: PackedWeight) -> None:
     """vLLM's and GPTQModel's kernels dequantize to float16: a weight beyond 65504 is infinite there, and logits NaN."""
-    zeros = weight.integer_zeros().astype(np.float32)
+    zeros = weight.integer_zeros()
+    widest = (
+        weight.scales.view(np.int16).max().view(np.float16)
+    )  # positive numbers stand in the order of their patterns
+    if float(widest) * ((1 << weight.bits) - 1) <= FLOAT16_MAX:
+        return
+    zeros = zeros.astype(np.float32)
     largest = float((weight.scales.astype(np.float32) * np.maximum(zeros, (1 << weight.bits) - 1 - zeros)).max())
     if largest > FLOAT16_MAX:
         raise UnsupportedError(

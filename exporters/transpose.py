@@ -14,13 +14,14 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from l4q.ahead import spread
 from l4q.weight import U8
 
 U32 = npt.NDArray[np.uint32]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-PIECE_BYTES = 4 << 20
-"""Bytes of a result that are in memory at a time."""
+PIECE_BYTES = 2 << 20
+"""Bytes of a result that are made at a time, by each thread."""
 STRIP_BYTES = 256 << 10
 """Bytes whose squares are transposed at a time: they stay in the processor's cache."""
 _NIBBLES = 8
@@ -40,8 +41,8 @@ def as_words(packed: U8) -> U32:
 def transposed_words(words: U32) -> Iterator[U32]:
     """Rows of the transpose of uint32 [N, W], in order: uint32 [some of W, N]."""
     rows, count = words.shape
-    for columns in _ranges(count, PIECE_BYTES // (4 * rows)):
-        yield transposed(words[:, columns])
+    pieces = _ranges(count, PIECE_BYTES // (4 * rows))
+    yield from spread(lambda columns: transposed(words[:, columns]), pieces)
 
 
 def transposed_nibbles(
@@ -61,7 +62,8 @@ def transposed_nibbles(
     words = as_words(packed)
     groups = len(words) // _NIBBLES
     mask = np.uint32(flip * 0x11111111)
-    for chosen in _ranges(words.shape[1], PIECE_BYTES // (4 * len(words))):
+
+    def piece_of(chosen: slice) -> U32:
         width = chosen.stop - chosen.start
         lines = np.empty((_LINES, groups, 2, width), dtype=np.uint32)
         for number, row in enumerate(order):
@@ -72,7 +74,9 @@ def transposed_nibbles(
         piece = halves.view(np.uint32).reshape(2 * width, _LINES, groups)
         for strip in _ranges(len(piece), STRIP_BYTES // (2 * len(words))):
             _transpose_squares(piece[strip])
-        yield piece.reshape(-1, groups)[: columns - chosen.start * _NIBBLES]
+        return piece.reshape(-1, groups)[: columns - chosen.start * _NIBBLES]
+
+    yield from spread(piece_of, _ranges(words.shape[1], PIECE_BYTES // (4 * len(words))))
 
 
 def transposed(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:

@@ -1,19 +1,49 @@
-"""What a loop goes over, made by another thread while the loop is busy with what came before."""
+"""What a loop goes over, made by other threads while the loop is busy with what came before."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import Generic, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 BATCH_BYTES = 1 << 20
 """Small items are handed over together: a change of threads costs as much as copying some hundred KiB."""
 _PATIENCE = 0.05
 """Seconds between looks whether the loop was left."""
+
+
+_WORKERS = max(1, min(os.cpu_count() or 1, 4))
+"""Threads that make pieces; more would wait for memory, and each holds a piece and what it is made with."""
+
+
+def spread(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`make(item)` of every item in order, by as many threads as there are cores, few items ahead of the loop.
+
+    Args:
+        make: Mostly work that leaves the interpreter's lock to others, such as NumPy's and torch's.
+        items: What to make from.
+    """
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(_pool().submit(make, item))
+        if len(waiting) > _WORKERS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="l4q-spread")
 
 
 @contextmanager

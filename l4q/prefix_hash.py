@@ -54,6 +54,8 @@ class PrefixHash:
 
     def __init__(self, path: Path, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        if hasattr(os, "posix_fadvise"):  # reading ahead would keep pages of what is not written yet
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self._submit = submit
         self._digest = hashlib.sha256()
         self._pieces: list[tuple[int, Data]] = []

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l4q.ahead import made_ahead
+from l4q.direct import DirectFile, write_at
 from l4q.errors import UsageError
 from l4q.prefix_hash import Advance, ignore
 from l4q.shard_layout import INDEX, MAX_SHARD_BYTES, ShardLayout, TensorSpec, Unit, index_json, shard_name
@@ -65,16 +66,17 @@ def write_shards(
 def _write_shard(folder: Path, layout: ShardLayout, produce: Producer, follow: Callable[[Path, str], Advance]) -> Path:
     part, final = folder / f".{layout.file_name}.part", folder / layout.file_name
     with open(part, "wb", buffering=0) as file:
-        shard = _ShardFile(file.fileno(), layout, follow(part, layout.file_name))
-        for tensor in layout.tensors:
-            if tensor.constant:
-                shard.put(tensor, np.frombuffer(tensor.constant, dtype=np.uint8))
-        units = sorted(layout.units, key=lambda unit: _first_place(layout, unit))
-        with made_ahead(_pieces(units, produce), lambda piece: piece.values.nbytes) as pieces:
-            for piece in pieces:
-                _write_piece(shard, piece)
-        for tensor in layout.tensors:
-            shard.require_whole(tensor)
+        with DirectFile(part, layout.nbytes) as target:
+            shard = _ShardFile(target, layout, follow(part, layout.file_name))
+            for tensor in layout.tensors:
+                if tensor.constant:
+                    shard.put(tensor, np.frombuffer(tensor.constant, dtype=np.uint8))
+            units = sorted(layout.units, key=lambda unit: _first_place(layout, unit))
+            with made_ahead(_pieces(units, produce), lambda piece: piece.values.nbytes) as pieces:
+                for piece in pieces:
+                    _write_piece(shard, piece)
+            for tensor in layout.tensors:
+                shard.require_whole(tensor)
         os.fsync(file.fileno())
     part.rename(final)
     return final
@@ -88,13 +90,13 @@ def _first_place(layout: ShardLayout, unit: Unit) -> int:
 class _ShardFile:
     """A file that is filled in any order, and how far from its beginning it is final."""
 
-    def __init__(self, file: int, layout: ShardLayout, advance: Advance) -> None:
+    def __init__(self, file: DirectFile, layout: ShardLayout, advance: Advance) -> None:
         self._file = file
         self._layout = layout
         self._advance = advance
         self._written = dict.fromkeys(layout.offsets, 0)
         self._whole = 0
-        write_at(file, np.frombuffer(layout.header, dtype=np.uint8), 0)
+        file.write(np.frombuffer(layout.header, dtype=np.uint8), 0)
 
     def put(self, tensor: TensorSpec, data: npt.NDArray[np.uint8]) -> None:
         """Write a piece where its tensor's last piece ended.
@@ -106,7 +108,7 @@ class _ShardFile:
         if written + data.nbytes > tensor.nbytes:
             raise _wrong_size(tensor, written + data.nbytes)
         start = self._layout.offsets[tensor.name] + written
-        write_at(self._file, data, start)
+        self._file.write(data, start)
         self._written[tensor.name] += data.nbytes
         self._advance(self._final(), start, data)
 
@@ -242,14 +244,6 @@ def as_bytes(values: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[np.uint8]:
         return flat
     array = np.ascontiguousarray(values).reshape(-1)
     return array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-
-
-def write_at(file: int, data: npt.NDArray[np.uint8], position: int) -> None:
-    """Write all bytes at a position of an open file (the system may take fewer at once)."""
-    view = data.data
-    while view.nbytes:
-        count = os.pwrite(file, view, position)
-        view, position = view[count:], position + count
 
 
 def _copy(source: int, start: int, target: int, position: int, tensor: TensorSpec) -> None:

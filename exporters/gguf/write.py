@@ -23,6 +23,7 @@ from exporters.gguf.vocab import Vocabulary, read_vocabulary
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord, PlannedTensor
 from l4q.ahead import made_ahead
 from l4q.checkpoint import L4QCheckpoint
+from l4q.direct import DirectFile, append
 from l4q.durable import sync_file
 from l4q.errors import UnsupportedError, UsageError
 from l4q.prefix_hash import Advance
@@ -73,9 +74,12 @@ def _write_file(
         writer.write_ti_data_to_file()
         advance = record.follow(path, path.name)
         made = ((tensor, piece) for tensor in plan.tensors for piece in _pieces(checkpoint, architecture, tensor))
-        with made_ahead(made, lambda item: item[1].nbytes) as items:
+        with (
+            DirectFile(path, plan.nbytes) as target,
+            made_ahead(made, lambda item: item[1].nbytes) as items,
+        ):
             for tensor, group in groupby(items, key=itemgetter(0)):
-                pieces: Any = _Pieces((piece for _, piece in group), tensor.nbytes, advance)
+                pieces: Any = _Pieces((piece for _, piece in group), tensor.nbytes, target, advance)
                 writer.write_tensor_data(pieces)
                 on_tensor(tensor.name)
     finally:
@@ -109,13 +113,14 @@ def _add_info(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
 class _Pieces:
     """What `GGUFWriter.write_tensor_data` asks of an array, for a tensor that never is in memory as a whole."""
 
-    def __init__(self, pieces: Iterator[Data], nbytes: int, advance: Advance) -> None:
+    def __init__(self, pieces: Iterator[Data], nbytes: int, target: DirectFile, advance: Advance) -> None:
         self.nbytes = nbytes
         self._pieces = pieces
+        self._target = target
         self._advance = advance
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the tensor's bytes.
+        """Write the tensor's bytes, and leave `file` behind them.
 
         Raises:
             UsageError: There are more or fewer than planned.
@@ -123,10 +128,8 @@ class _Pieces:
         written = 0
         for piece in self._pieces:
             data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            file.write(data.data)
+            end = append(file, data, self._target)
             written += data.nbytes
-            file.flush()
-            end = file.tell()
             self._advance(end, end - data.nbytes, data)
         if written != self.nbytes:
             raise UsageError("a tensor is not as large as planned", got=f"{written} bytes", expected=self.nbytes)

@@ -87,12 +87,12 @@ class Packing:
     def pack(self, module: str, weight: PackedWeight) -> Arrays:
         """Their values; qweight in pieces."""
         wide = widen_packed(weight, self.width)
+        yield f"{module}.g_idx", _group_index(wide.in_features, wide.group_size)  # the file's order: hashed as it comes
         for piece in transposed_words(as_words(wide.packed)):
             yield f"{module}.qweight", piece.view(np.int32)
         zeros = encode_zeros(wide.integer_zeros(), self.width, self.checkpoint_format)
         yield f"{module}.qzeros", pack_cols(np.ascontiguousarray(zeros.T), self.width)
         yield f"{module}.scales", np.ascontiguousarray(wide.scales.T)
-        yield f"{module}.g_idx", _group_index(wide.in_features, wide.group_size)
 
 
 def quantization_config(checkpoint: L4QCheckpoint, options: ExportOptions) -> dict[str, Any]:

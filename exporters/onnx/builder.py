@@ -31,15 +31,14 @@ class Pieces(ir.LazyTensor):
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self.pieces = read
         """Gives the arrays; may be replaced by what has them ready."""
-        self.on_piece: Callable[[Any, npt.NDArray[np.uint8]], None] = lambda file, data: None
-        """Called after each piece with the file, whose position is its end, and its bytes."""
+        self.put: Callable[[Any, npt.NDArray[np.uint8]], object] = lambda file, data: file.write(data.data)
+        """Writes bytes where the file stands, and leaves it behind them."""
 
     def tofile(self, file: Any) -> None:
         """Write its bytes to an open file."""
         for piece in self.pieces():
             data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            file.write(data.data)
-            self.on_piece(file, data)
+            self.put(file, data)
 
     def _whole(self) -> ir.TensorProtocol:
         data = np.concatenate([np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in self.pieces()])

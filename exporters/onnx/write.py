@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -23,8 +23,9 @@ from exporters.onnx.source import choose_source
 from exporters.plan import NOTHING_DONE, ExportOptions, ExportPlan, FileRecord
 from l4q.ahead import made_ahead
 from l4q.checkpoint import L4QCheckpoint
+from l4q.direct import DirectFile, append
 from l4q.durable import sync_file
-from l4q.prefix_hash import Advance
+from l4q.prefix_hash import Advance, ignore
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -79,11 +80,11 @@ def _save(
     model: ir.Model, plan: ExportPlan, folder: Path, on_tensor: Callable[[str], None], record: FileRecord
 ) -> None:
     """Write model.onnx and its external data, whose tensors are made one after another."""
-    data = _DataFile(record)
+    data = _DataFile(record, plan.nbytes)
     values = [value.const_value for value in model.graph.initializers.values()]
     lazy = [tensor for tensor in values if isinstance(tensor, Pieces)]
     for tensor in lazy:
-        tensor.on_piece = data.grew
+        tensor.put = data.put
     waiting = {tensor.target: tensor.name for tensor in plan.tensors}
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -91,7 +92,7 @@ def _save(
         if name is not None:
             on_tensor(name)
 
-    with _read_ahead([tensor for tensor in lazy if tensor.nbytes > INLINE_BYTES]):
+    with closing(data), _read_ahead([tensor for tensor in lazy if tensor.nbytes > INLINE_BYTES]):
         ir.save(
             model,
             folder / MODEL_NAME,
@@ -126,14 +127,21 @@ def _read_ahead(tensors: list[Pieces]) -> Iterator[None]:
 class _DataFile:
     """The external data in the making: the library opens it, under a name of its own, and fills it from the start."""
 
-    def __init__(self, record: FileRecord) -> None:
+    def __init__(self, record: FileRecord, nbytes: int) -> None:
         self._record = record
-        self._advance: Advance | None = None
+        self._nbytes = nbytes
+        self._target: DirectFile | None = None
+        self._advance: Advance = ignore
 
-    def grew(self, file: BinaryIO, data: npt.NDArray[np.uint8]) -> None:
-        """Say how far it is written, and what was written last."""
-        file.flush()
-        if self._advance is None:
+    def put(self, file: BinaryIO, data: npt.NDArray[np.uint8]) -> None:
+        """Write bytes where the file stands, and say so."""
+        if self._target is None:
+            self._target = DirectFile(Path(file.name), self._nbytes)
             self._advance = self._record.follow(Path(file.name), DATA_NAME)
-        end = file.tell()
+        end = append(file, data, self._target)
         self._advance(end, end - data.nbytes, data)
+
+    def close(self) -> None:
+        """Close what was opened beside the library's file."""
+        if self._target is not None:
+            self._target.close()
