@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1), re-implemented: GPTQModel 7.7 needs a newer torch.
 
-Errors are spread by `l4q.compensate`. Groups take their min-max grid from the updated weights when the first of their columns is
-reached. No column reordering. Decoder blocks are done in order, each on the inputs that the quantized blocks before it
-produce.
+Errors are spread by `l4q.compensate`. Groups take their min-max grid from the updated weights when the first of their
+columns is reached. No column reordering. Decoder blocks are done in order, each on the inputs that the quantized blocks
+before it produce.
 """
 
 from __future__ import annotations
