@@ -101,6 +101,7 @@ def export_once(checkpoint: Path, name: str, out: Path, *, check: bool) -> Expor
     from tools.measure import peak_resident_bytes, private_bytes, reset_peak
 
     shutil.rmtree(out, ignore_errors=True)
+    read_through(checkpoint)
     gc.collect()
     before, before_private = reset_peak("cpu"), private_bytes()
     with private_peak(interval=0.02) as private:
@@ -119,8 +120,7 @@ def export_once(checkpoint: Path, name: str, out: Path, *, check: bool) -> Expor
 def copy_once(source: Path, target: Path) -> tuple[float, float]:
     """Seconds of `cp -r`, and the same with the fsync of every file; what is copied lies in the page cache."""
     shutil.rmtree(target, ignore_errors=True)
-    for path in files(source):  # an export may have written past the page cache
-        _read_through(path)
+    read_through(source)
     began = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     seconds = time.perf_counter() - began
@@ -153,11 +153,13 @@ def sync(folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def _read_through(path: Path) -> None:
+def read_through(folder: Path) -> None:
+    """Read every file, so that who reads next finds it in the page cache: an export may have written past it."""
     block = bytearray(1 << 20)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(block):
-            pass
+    for path in files(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
 
 
 def folder_bytes(folder: Path) -> int:

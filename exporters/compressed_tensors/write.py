@@ -71,6 +71,6 @@ class Packing:
         """Their values, but the constant's. A checkpoint's rows of bits are weight_packed's words already (pack.py)."""
         wide = widen_packed(weight, self.width)
         yield f"{module}.weight_packed", as_words(wide.packed).view(np.int32)
-        yield f"{module}.weight_scale", wide.scales
-        if module not in self.symmetric:
+        if module not in self.symmetric:  # the file's order: hashed as it comes
             yield f"{module}.weight_zero_point", pack_zeros(wide.integer_zeros(), self.width)
+        yield f"{module}.weight_scale", wide.scales
