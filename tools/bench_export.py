@@ -11,10 +11,10 @@ compiled code are there. Equals are compared: an export ends when every file and
 divides its wall time by that of `cp -r` and the fsync of every copied file; `cp` alone, whose bytes may still be in the
 page cache when it ends, has a column of its own. What an export and what `cp` are going to read is read once before the
 clock starts, so that both find it in the page cache: exports write large files past it. peak_mib is the rise of the
-largest resident size (VmHWM), pages of mapped files included; "private" leaves those out. Both are of exports without the final verification, which is
-reported beside them. Peers start from float weights in memory and write the linears of the first --peer-layers layers
-only; their time is scaled by the number of weights, and the time of ours, which reads, packs and writes the whole
-folder with its embeddings, is not reduced.
+largest resident size (VmHWM), pages of mapped files included; "private" leaves those out. Both are of exports without
+the final verification, which is reported beside them. Peers start from float weights in memory and write the linears of
+the first --peer-layers layers only; their time is scaled by the number of weights, and the time of ours, which reads,
+packs and writes the whole folder with its embeddings, is not reduced.
 """
 
 from __future__ import annotations
