@@ -46,6 +46,20 @@ def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
     )
 
 
+def reconstructed(options: TrainOptions, out: Path) -> TrainOptions:
+    """The same from a reconstructed start, for two steps; batches of the blocks are a process's."""
+    return replace(
+        options,
+        out=out,
+        init="reconstructed",
+        calibration=4,
+        reconstruct_epochs=1,
+        distill=0.0,
+        lora_warmup_steps=0,
+        steps=2,
+    )
+
+
 def main(model: Path, data: Path, folder: Path) -> None:
     """Train with DDP and with FSDP2, resume both from their states, resume each as the other, and fail twice."""
     options = replace(global_options(model, data, folder), batch_size=1)
@@ -61,6 +75,7 @@ def main(model: Path, data: Path, folder: Path) -> None:
         out = folder / name
         decide(lambda out=out, source=source: rewind(source, out, SAVED))  # type: ignore[misc]
         train(replace(options, out=out, fsdp=sharded, gradient_checkpointing=source is fsdp, resume=True))
+    train(reconstructed(options, folder / "reconstructed"))
     loaded, _ = load_model(replace(options, fsdp=True))
     weight = max(float(parameter.abs().max()) for parameter in loaded.parameters())
     note(folder / "weights", weight)

@@ -26,8 +26,8 @@ from l4q.state_tensors import saved_tensors
 from l4q.train import train
 from l4q.train_model import load_model, wrap_model
 from l4q.train_options import TrainOptions
-from runtime_tests.distributed_worker import PROCESSES, SAVED, STEPS, WARMUP, global_options
-from runtime_tests.train_runs import metrics, rewind, same_checkpoints, write_pairs
+from runtime_tests.distributed_worker import PROCESSES, SAVED, STEPS, WARMUP, global_options, reconstructed
+from runtime_tests.train_runs import metrics, rewind, same_bits, same_checkpoints, write_pairs
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
 ACCELERATE = (
@@ -217,6 +217,17 @@ def test_what_cannot_be_spread_is_refused(runs: Path) -> None:
     assert seen(runs, "elsewhere")[0] == "none"
     message += "  got: process 1 does not see it\n  do: put --out on storage"
     assert re.match(message, seen(runs, "elsewhere")[1])
+
+
+def test_every_process_reconstructs_alike(single: TrainOptions, runs: Path, tmp_path: Path) -> None:
+    """Two processes keep the start that one finds, bit for bit, and train on from it alike."""
+    made = reconstructed(replace(single, batch_size=1, grad_accum=single.grad_accum * PROCESSES), tmp_path / "one")
+    train(made)
+    one, two = (load_file(run / "start.safetensors") for run in (made.out, runs / "reconstructed"))
+    assert same_bits(one, two)
+    assert distance(made.out, runs / "reconstructed", 2) < 1e-3
+    moved = {name: tensor * (1 + 1e-6) for name, tensor in one.items()}
+    assert not same_bits(moved, two)
 
 
 def test_accelerate_launch_prints_one_result(single: TrainOptions, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from l4q.blocks import decoder_blocks
 from l4q.calibrate import input_moments
 from l4q.compensate import compensate, spread_errors
 from l4q.config import LoraConfig, QuantConfig
+from l4q.data import TrainingData
 from l4q.errors import L4QError, UnsupportedError, UsageError
 from l4q.evaluate import text_windows
+from l4q.found_start import find_start
 from l4q.init import Start
 from l4q.model import freeze_model, l4q_layers, wrap_linears
 from l4q.quant import grid_params
@@ -26,6 +28,7 @@ from l4q.reconstruct import BlockReport, ReconstructOptions, reconstruct
 from l4q.refreeze import FreezeOptions, refreeze
 from l4q.train import train
 from l4q.train_options import TrainOptions
+from runtime_tests import start_files as files
 from runtime_tests.random_models import build_model
 from runtime_tests.test_refreeze import same_files
 from runtime_tests.tiny_archs import SIZES, TINY_ARCHS
@@ -213,6 +216,13 @@ def test_what_does_not_fit_together_is_refused(options: Options, tmp_path: Path)
         options(fsdp=True)
     with pytest.raises(UsageError, match=r"(?s)distill.*with init reconstructed.*replaces W0"):
         options(distill=0.5)
+    files.gptq_folder(tmp_path, QuantConfig(bits=4, group_size=32))
+    with pytest.raises(UnsupportedError, match=r"(?s)grid of its own.*leave --init out"):
+        find_start(
+            None,
+            options(model=str(tmp_path / "model")),
+            TrainingData(examples=[], sha256="", records={}, truncated=0, dropped=0),
+        )
     for changes in ({"epochs": 0}, {"lr": 1.0}):
         with pytest.raises(UsageError, match="unsupported value"):
             ReconstructOptions(**changes)
