@@ -118,8 +118,8 @@ def staged_folder(target: Path, *, overwrite: bool = False, resume: bool = False
             refuse_existing(final, overwrite=overwrite)
             if not resume:
                 _remove(stage)
-            stage.mkdir(mode=0o755, exist_ok=resume)
             try:
+                stage.mkdir(mode=0o755, exist_ok=resume)  # within: a signal may come up as soon as it is there
                 yield stage
                 _publish(stage, final)
             except BaseException as error:
