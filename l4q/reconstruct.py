@@ -96,18 +96,21 @@ def reconstruct(
     training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     try:
-        recording = record_calls(model, list(blocks.values()), _batches(sequences, options.batch_size))
+        with _products(model.device, amp=options.amp):
+            recording = record_calls(model, list(blocks.values()), _batches(sequences, options.batch_size))
         original = quantized = recording.hidden
         found: dict[str, Start] = {}
         for (name, block), calls in zip(blocks.items(), recording.calls, strict=True):
             inside = {target: grid for target, grid in grids.items() if target.startswith(f"{name}.")}
-            original = _outputs(block, calls, original)
-            with _trainable(model, inside, _grams(model, inside, block, calls, quantized)) as layers:
-                lesson = _Lesson(block, calls, quantized, original, amp=options.amp)
-                before = lesson.error()
-                _train(lesson, layers, options)
-                progress(BlockReport(name=name, before=before, after=lesson.error()))
-                quantized = _outputs(block, calls, quantized)
+            run = _Run(block, calls, amp=options.amp)
+            original = run.outputs(original)
+            with _trainable(model, inside, _grams(model, inside, run, quantized)) as layers:
+                with _settled(layers):
+                    before = _error(run.outputs(quantized), original)
+                _train(run, quantized, original, layers, options)
+                with _settled(layers):
+                    quantized = run.outputs(quantized)
+                progress(BlockReport(name=name, before=before, after=_error(quantized, original)))
             found |= {target: layer.start() for target, layer in layers.items()}
     finally:
         model.train(training)
@@ -125,15 +128,22 @@ class _FullLinear(nn.Module):
         self.scales = nn.Parameter(weight.start.scales)
         self.offsets = nn.Parameter(weight.start.offsets, requires_grad=quant.zero_point != "none")
         self.bias, self.quant = bias, quant
+        self.settled: torch.Tensor | None = None
+        """The quantized weight, while it does not change."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in] -> [..., out] through the quantized weight; LSQ's gradients, here by autograd."""
+        """X [..., in] -> [..., out] through the quantized weight."""
+        weight = self.quantized() if self.settled is None else self.settled
+        return F.linear(x, weight.to(x.dtype), self.bias)
+
+    def quantized(self) -> torch.Tensor:
+        """[out, in]; LSQ's gradients, here by autograd."""
         params = grid_params(self.scales, self.offsets, self.quant)
         grouped = self.weight.view(*params.scales.shape, -1)
         s, m = params.scales.unsqueeze(-1), params.mins.unsqueeze(-1)
         position = ((grouped - m) / s).clamp(0, self.quant.max_code)
         codes = cast(torch.Tensor, StraightThrough.apply(position, position.detach().round()))
-        return F.linear(x, (codes * s + m).view(self.weight.shape).to(x.dtype), self.bias)
+        return (codes * s + m).view(self.weight.shape)
 
     def start(self) -> Start:
         """What was found."""
@@ -161,6 +171,18 @@ def _trainable(
             model.set_submodule(name, linear)
 
 
+@contextmanager
+def _settled(layers: Mapping[str, _FullLinear]) -> Iterator[None]:
+    """Quantize every layer once for all batches that are run without training."""
+    for layer in layers.values():
+        layer.settled = layer.quantized().detach()
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.settled = None
+
+
 def _begin(weight: torch.Tensor, gram: torch.Tensor, quant: QuantConfig) -> Compensated:
     if quant.k_grid is None:
         return compensate(weight, gram, quant)
@@ -168,42 +190,51 @@ def _begin(weight: torch.Tensor, gram: torch.Tensor, quant: QuantConfig) -> Comp
     return Compensated(weight.detach().float().clone(), search_grid(weight, quant, gram.diagonal()))
 
 
-class _Lesson:
-    """A block, what it reads and what it is to give."""
+class _Run:
+    """A block and how the model calls it on every batch."""
 
-    def __init__(
-        self,
-        block: nn.Module,
-        calls: Sequence[Call],
-        inputs: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor],
-        *,
-        amp: bool,
-    ) -> None:
-        self._block, self._calls, self._inputs, self._outputs, self._amp = block, calls, inputs, outputs, amp
+    def __init__(self, block: nn.Module, calls: Sequence[Call], *, amp: bool) -> None:
+        self._block, self._calls, self._amp = block, calls, amp
 
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def loss(self, number: int) -> torch.Tensor:
-        """Squared error of one batch over its squared size.
-
-        Attention sinks, single positions a thousand times larger than the others, count like an ordinary one.
-        """
-        inputs, wanted = self._inputs[number], self._outputs[number].float()
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._amp):
-            given = self._calls[number](self._block, inputs)
-        size = wanted.square().sum(-1, keepdim=True)  # [batch, length, 1]
-        share = (size.median() / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
-        return (share * (given.float() - wanted).square()).sum() / (share * size).sum()
+    def output(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output [batch, length, hidden] for one batch."""
+        with _products(hidden.device, amp=self._amp):
+            return self._calls[number](self._block, hidden)
 
     @torch.no_grad()
-    def error(self) -> float:
-        """The mean loss."""
-        return sum(float(self.loss(number)) for number in range(len(self))) / len(self)
+    def outputs(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same for all of them."""
+        return [self.output(number, each) for number, each in enumerate(hidden)]
 
 
-def _train(lesson: _Lesson, layers: Mapping[str, _FullLinear], options: ReconstructOptions) -> None:
+def _products(device: torch.device, *, amp: bool) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def _loss(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Squared error of one batch over its squared size.
+
+    Attention sinks, single positions a thousand times larger than the others, count like an ordinary one.
+    """
+    wanted = wanted.float()
+    size = wanted.square().sum(-1, keepdim=True)  # [batch, length, 1]
+    share = (size.median() / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+    return (share * (given.float() - wanted).square()).sum() / (share * size).sum()
+
+
+@torch.no_grad()
+def _error(given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The mean loss."""
+    return sum(float(_loss(one, other)) for one, other in zip(given, wanted, strict=True)) / len(given)
+
+
+def _train(
+    run: _Run,
+    inputs: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    layers: Mapping[str, _FullLinear],
+    options: ReconstructOptions,
+) -> None:
     """AdamW with cosine decay, the batches in another order in every epoch."""
     groups: list[dict[str, Any]] = []
     for layer in layers.values():
@@ -213,12 +244,12 @@ def _train(lesson: _Lesson, layers: Mapping[str, _FullLinear], options: Reconstr
     if not groups:
         return
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(lesson))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(inputs))
     parameters = [parameter for group in groups for parameter in group["params"]]
     order = torch.Generator().manual_seed(0)
     for _ in range(options.epochs):
-        for number in torch.randperm(len(lesson), generator=order).tolist():
-            lesson.loss(number).backward()
+        for number in torch.randperm(len(inputs), generator=order).tolist():
+            _loss(run.output(number, inputs[number]), wanted[number]).backward()
             nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
@@ -227,11 +258,7 @@ def _train(lesson: _Lesson, layers: Mapping[str, _FullLinear], options: Reconstr
 
 @torch.no_grad()
 def _grams(
-    model: nn.Module,
-    names: Mapping[str, QuantConfig],
-    block: nn.Module,
-    calls: Sequence[Call],
-    inputs: Sequence[torch.Tensor],
+    model: nn.Module, names: Mapping[str, QuantConfig], run: _Run, inputs: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Sums of x x^T over what a block's layers read, float32 [in, in]."""
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
@@ -240,22 +267,18 @@ def _grams(
     def adder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             flat = args[0].flatten(0, -2).float()  # [tokens, in]
-            sums[name].addmm_(flat.T, flat)
+            with torch.autocast(flat.device.type, enabled=False):
+                sums[name].addmm_(flat.T, flat)
 
         return add
 
     hooks = [linear.register_forward_pre_hook(adder(name)) for name, linear in linears.items()]
     try:
-        _outputs(block, calls, inputs)
+        run.outputs(inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return sums
-
-
-@torch.no_grad()
-def _outputs(block: nn.Module, calls: Sequence[Call], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [call(block, hidden) for call, hidden in zip(calls, inputs, strict=True)]
 
 
 def _batches(sequences: Sequence[Sequence[int]], size: int) -> list[torch.Tensor]:

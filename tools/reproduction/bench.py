@@ -136,13 +136,6 @@ class Workbench:
         """Calibration batches for GPTQ."""
         return self._batches[0]
 
-    @property
-    def sequences(self) -> list[list[int]]:
-        """Every sequence of the cell once: the calibration's, then the steps'."""
-        calibration, steps = self._batches
-        rows = [ids for batch in (*calibration, *steps) for ids in batch.tolist()]
-        return [list(ids) for ids in dict.fromkeys(map(tuple, rows))]
-
     def train(self, model: Any, groups: Iterable[Any], *, distill: float = 0.0) -> None:
         """AdamW, linear warm-up, cosine decay, gradient clipping; fills `facts`.
 

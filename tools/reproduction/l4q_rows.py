@@ -26,7 +26,7 @@ def run(bench: Workbench) -> list[Deployed]:
 
 
 def wrap(bench: Workbench, model: Any, quant: QuantConfig, init: Init) -> None:
-    """Wrap the target layers; what starts from data sees the sequences that the cell calibrates and trains on."""
+    """Wrap the target layers; what starts from data sees the sequences that GPTQ sees."""
     given: dict[str, Any] = {}
     if init == "calibrated":
         given["moments"] = calibration_moments(bench, model)
@@ -36,19 +36,22 @@ def wrap(bench: Workbench, model: Any, quant: QuantConfig, init: Init) -> None:
 
 
 def calibration_moments(bench: Workbench, model: Any) -> Moments:
-    """E[x^2] of the target layers' inputs on the sequences that GPTQ sees."""
-    sequences = [ids for batch in bench.calibration for ids in batch.tolist()]
-    return input_moments(model, bench.targets(model), sequences)
+    """E[x^2] of the target layers' inputs."""
+    return input_moments(model, bench.targets(model), _sequences(bench))
 
 
 def reconstruction(bench: Workbench, model: Any, quant: QuantConfig) -> Any:
-    """s and b of the target layers, which get a new W0, on GPTQ's sequences and those of the training steps."""
+    """s and b of the target layers, which get a new W0."""
     recipe, reports = bench.recipe, []
 
     def report(block: BlockReport) -> None:
         reports.append(asdict(block))
 
     options = ReconstructOptions(epochs=recipe.reconstruct_epochs, batch_size=recipe.batch, amp=recipe.amp)
-    found = reconstruct(model, dict.fromkeys(bench.targets(model), quant), bench.sequences, options, report)
+    found = reconstruct(model, dict.fromkeys(bench.targets(model), quant), _sequences(bench), options, report)
     bench.notes["reconstruction"] = reports
     return found
+
+
+def _sequences(bench: Workbench) -> list[list[int]]:
+    return [ids for batch in bench.calibration for ids in batch.tolist()]

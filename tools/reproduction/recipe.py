@@ -9,6 +9,7 @@ from typing import Any
 
 from l4q.config import Init
 from l4q.errors import UsageError
+from l4q.reconstruct import ReconstructOptions
 
 _L4Q = ("l4q-none", "l4q-integer", "l4q-float")
 READ_BY = {
@@ -44,7 +45,8 @@ class Recipe:
     eval_windows: int
     """Windows from the middle of each held-out text."""
     calibration: int
-    """Training sequences that GPTQ sees, never more than it needs: drawn before the first step's."""
+    """Training sequences that GPTQ and the "calibrated" and "reconstructed" starts see: drawn before the first step's,
+    and not trained on."""
     lr: float = 1e-3
     """Peak learning rate of LoRA's A and B in every method."""
     scale_lr: float | None = None
@@ -57,7 +59,7 @@ class Recipe:
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
     init: Init = "l4q"
-    """How the L4Q rows start; "calibrated" looks at GPTQ's sequences, "reconstructed" at all of the cell's."""
+    """How the L4Q rows start."""
     reconstruct_epochs: int = 2
     """Passes over them per block with init "reconstructed"."""
     distill: float = 0.0
@@ -85,6 +87,8 @@ class Recipe:
         Settings that the method does not read are left out, so that changing them does not ask for it again.
         """
         values = {name: value for name, value in self.to_dict().items() if method in READ_BY.get(name, (method,))}
+        if values.get("init") == "reconstructed":
+            values["reconstruct"] = asdict(ReconstructOptions(epochs=self.reconstruct_epochs))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -111,7 +115,7 @@ MODELS: dict[str, Recipe] = {
         steps=40,
         eval_window=512,
         eval_windows=12,
-        calibration=16,
+        calibration=128,
         lr=1e-3,
         init="reconstructed",
         amp=True,
