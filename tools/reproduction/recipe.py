@@ -106,6 +106,7 @@ MODELS: dict[str, Recipe] = {
         lr=1e-2,  # the better of 3e-3 and 1e-2 for 16-bit LoRA (seed 0, 100 steps)
         scale_lr=2e-4,
         offset_lr=2e-3,
+        init="reconstructed",
     ),
     "smollm2": Recipe(
         model="smollm2",
