@@ -60,7 +60,10 @@ RESULT_LINES = {
     type=int,
     help="Training sequences for --init calibrated and reconstructed.  [default: 16, reconstructed: 128]",
 )
-@click.option("--reconstruct-epochs", type=int, default=4, help="Passes over them per block with --init reconstructed.")
+@click.option("--reconstruct-epochs", type=int, default=2, help="Passes over them per block with --init reconstructed.")
+@click.option(
+    "--reconstruct-settle", metavar="SHARE", type=float, default=0.5, help="How far its W0 is drawn towards its codes."
+)
 @click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
 @click.option("--train-offsets/--no-train-offsets", default=True, help="Whether the offsets train, if there are any.")
 @click.option(

@@ -56,7 +56,10 @@ def find_start(model: Any, options: TrainOptions, data: TrainingData) -> FoundSt
     sequences = data.spread(cast(int, options.calibration))
     log.info("reconstructing blocks on %d sequences, %d times each", len(sequences), options.reconstruct_epochs)
     settings = ReconstructOptions(
-        epochs=options.reconstruct_epochs, batch_size=options.batch_size, amp=options.amp == "bfloat16"
+        epochs=options.reconstruct_epochs,
+        batch_size=options.batch_size,
+        settle=options.reconstruct_settle,
+        amp=options.amp == "bfloat16",
     )
     found = reconstruct(model, grids, sequences, settings, _Progress(len(decoder_blocks(model, grids))))
     return FoundStart({name: _weight(model, name).detach() for name in found}, found)

@@ -5,8 +5,10 @@ say far more about them than the text's next token does, so a few dozen steps on
 rounding costs (BRECQ, Li et al., arXiv 2102.05426; with all weights, EfficientQAT, Chen et al., arXiv 2407.11062). Each
 block reads what the quantized blocks before it give, and is taught what the original model has at that place.
 
-The result is no quantized model yet: a W0 whose weights lie where rounding takes them to the codes that were found, and
-the s and b to round with. `l4q.train` goes on from there with A and B as from any other W0.
+The result is a W0, s and b for `l4q.train` to go on from with A and B as from any other. What was trained through the
+quantizer lies anywhere between the borders of its codes, and the first steps of s and B A would take many weights over
+one at random, although the codes of a block were found together. So W0 is drawn towards the quantized weight: all the
+way, and s can learn without changing a code, but B A must grow to half a step before it changes one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class ReconstructOptions:
         UsageError: A value is out of range.
     """
 
-    epochs: int = 4
+    epochs: int = 2
     """Passes over the sequences per block."""
     batch_size: int = 2
     """Sequences per step."""
@@ -49,6 +51,8 @@ class ReconstructOptions:
     """Peak learning rate of the scales s."""
     offset_lr: float = 3e-3
     """Peak learning rate of the offsets b."""
+    settle: float = 0.5
+    """How far W0 and integer zero-points are drawn towards the middles of their codes: 0 not at all, 1 onto them."""
     amp: bool = False
     """Products in bfloat16 (autocast); weights and grids stay in float32."""
 
@@ -57,6 +61,7 @@ class ReconstructOptions:
             require(1 <= getattr(self, name) <= MOST_COUNT, name, getattr(self, name), f"from 1 to {MOST_COUNT}")
         for name in ("lr", "scale_lr", "offset_lr"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share of a step, from 0 to below 1")
+        require(0 <= self.settle <= 1, "settle", self.settle, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +109,15 @@ def reconstruct(
             inside = {target: grid for target, grid in grids.items() if target.startswith(f"{name}.")}
             run = _Run(block, calls, amp=options.amp)
             original = run.outputs(original)
-            with _trainable(model, inside, _grams(model, inside, run, quantized)) as layers:
+            grams = _grams(model, inside, run, quantized)
+            with _trainable(model, inside, grams, options.settle) as layers:
                 with _settled(layers):
                     before = _error(run.outputs(quantized), original)
                 _train(run, quantized, original, layers, options)
                 with _settled(layers):
                     quantized = run.outputs(quantized)
                 progress(BlockReport(name=name, before=before, after=_error(quantized, original)))
-            found |= {target: layer.start() for target, layer in layers.items()}
+            found |= {target: layer.start(options.settle) for target, layer in layers.items()}
     finally:
         model.train(training)
         for parameter, keeps in zip(model.parameters(), wanted, strict=True):
@@ -145,16 +151,26 @@ class _FullLinear(nn.Module):
         codes = cast(torch.Tensor, StraightThrough.apply(position, position.detach().round()))
         return (codes * s + m).view(self.weight.shape)
 
-    def start(self) -> Start:
-        """What was found."""
-        return Start(self.scales.detach(), self.offsets.detach())
+    @torch.no_grad()
+    def settled_weight(self, share: float) -> torch.Tensor:
+        """W0 drawn that far towards the middles of its codes, [out, in]."""
+        return self.weight.lerp(self.quantized(), share)
+
+    @torch.no_grad()
+    def start(self, share: float) -> Start:
+        """S and b; those of integer zero-points drawn that far towards the middle of what rounds to them."""
+        scales, offsets = self.scales.detach(), self.offsets.detach()
+        if self.quant.zero_point == "integer":
+            params = grid_params(scales, offsets, self.quant)
+            offsets = offsets.lerp((self.quant.midpoint - params.zeros) * params.scales, share)
+        return Start(scales, offsets)
 
 
 @contextmanager
 def _trainable(
-    model: nn.Module, grids: Mapping[str, QuantConfig], grams: Mapping[str, torch.Tensor]
+    model: nn.Module, grids: Mapping[str, QuantConfig], grams: Mapping[str, torch.Tensor], settle: float
 ) -> Iterator[dict[str, _FullLinear]]:
-    """Put trainable layers into a block; when it is left, the linear layers are back, with the trained weights."""
+    """Put trainable layers into a block; when it is left, the linear layers are back, with the settled weights."""
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in grids}
     layers: dict[str, _FullLinear] = {}
     try:
@@ -165,7 +181,7 @@ def _trainable(
             model.set_submodule(name, layer)
         yield layers
         for name, layer in layers.items():
-            linears[name].weight.copy_(layer.weight.detach())
+            linears[name].weight.copy_(layer.settled_weight(settle))
     finally:
         for name, linear in linears.items():
             model.set_submodule(name, linear)

@@ -108,8 +108,10 @@ class TrainOptions:
     """How scales and offsets start, see `l4q.init`."""
     calibration: int | None = None
     """Training sequences that init "calibrated" and "reconstructed" look at; None: 16, and 128 for "reconstructed"."""
-    reconstruct_epochs: int = 4
+    reconstruct_epochs: int = 2
     """Passes over them per block with init "reconstructed"."""
+    reconstruct_settle: float = 0.5
+    """How far its W0 is drawn towards its codes, see `l4q.reconstruct`."""
     learning: GridLearning = field(default_factory=GridLearning)
     lora_warmup_steps: int = 0
     """First optimizer steps that train plain LoRA; then s and b start from the merged weights."""
@@ -162,7 +164,8 @@ class TrainOptions:
         require(self.steps is None or self.epochs is None, "steps", "both steps and epochs", "one of the two")
         require(not (self.resume and self.overwrite), "resume", "both resume and overwrite", "one of the two")
         require(self.epochs is None or 0 < self.epochs <= MOST_EPOCHS, "epochs", self.epochs, "> 0, at most 1e6")
-        require(0 <= self.distill <= 1, "distill", self.distill, "a share from 0 to 1")
+        for name in ("distill", "reconstruct_settle"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
         require(0 <= self.seed < MOST_SEED, "seed", self.seed, f">= 0 and below {MOST_SEED}")
         require(self.dtype in get_args(TrainDtype), "dtype", self.dtype, f"one of {get_args(TrainDtype)}")
         require(self.amp in get_args(Amp), "amp", self.amp, f"one of {get_args(Amp)}")

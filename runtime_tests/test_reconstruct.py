@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,6 +129,37 @@ def test_the_wrapped_model_is_the_one_that_was_reconstructed(model: Any, windows
         assert not torch.equal(layer.quantized_weight(), expected)
 
 
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether two wrapped models freeze to the same weights."""
+    pairs = zip(freeze_model(one), freeze_model(other), strict=True)
+    return all(np.array_equal(a.dequantize(), b.dequantize()) for (_, a), (_, b) in pairs)
+
+
+@pytest.mark.parametrize("kind", ["none", "integer", "float"])
+def test_codes_and_zero_points_are_far_from_their_borders(model: Any, windows: list[list[int]], kind: Any) -> None:
+    """Settled or not the weights are the same; settled, scales a twentieth larger change no code and no zero-point."""
+    quant = replace(GRID, zero_point=kind, scale_grid=None)
+    layers = divisible(model, quant)
+    found = reconstruct(model, layers, windows[:2], ReconstructOptions(epochs=1, settle=1.0))
+    wrap_linears(model, quant, LoraConfig(), skip_indivisible=True, found=found)
+    free = AutoModelForCausalLM.from_pretrained(model.config.name_or_path, dtype=torch.float32)
+    loose = reconstruct(free, layers, windows[:2], ReconstructOptions(epochs=1, settle=0.0))
+    wrap_linears(free, quant, LoraConfig(), skip_indivisible=True, found=loose)
+    assert same_weights(model, free)
+
+    def moved(wrapped: Any) -> int:
+        before = dict(freeze_model(wrapped))
+        for _, layer in l4q_layers(wrapped):
+            layer.scales.data.mul_(1.05)
+        after = dict(freeze_model(wrapped))
+        pairs = [(before[name], after[name]) for name in before]
+        zeros = sum(int((one.zeros != other.zeros).sum()) for one, other in pairs) if kind == "integer" else 0
+        return zeros + sum(int((one.codes != other.codes).sum()) for one, other in pairs)
+
+    assert moved(model) == 0
+    assert moved(free) > 1000
+
+
 def test_the_model_is_left_as_it_came(model: Any, windows: list[list[int]]) -> None:
     """Only the layers' weights change: no hooks, same modules, same flags; an error in between changes nothing else."""
     modules, flags = dict(model.named_modules()), {n: p.requires_grad for n, p in model.named_parameters()}
@@ -223,6 +255,6 @@ def test_what_does_not_fit_together_is_refused(options: Options, tmp_path: Path)
             options(model=str(tmp_path / "model")),
             TrainingData(examples=[], sha256="", records={}, truncated=0, dropped=0),
         )
-    for changes in ({"epochs": 0}, {"lr": 1.0}):
+    for changes in ({"epochs": 0}, {"lr": 1.0}, {"settle": 1.5}):
         with pytest.raises(UsageError, match="unsupported value"):
             ReconstructOptions(**changes)

@@ -47,7 +47,9 @@ def reconstruction(bench: Workbench, model: Any, quant: QuantConfig) -> Any:
     def report(block: BlockReport) -> None:
         reports.append(asdict(block))
 
-    options = ReconstructOptions(epochs=recipe.reconstruct_epochs, batch_size=recipe.batch, amp=recipe.amp)
+    options = ReconstructOptions(
+        epochs=recipe.reconstruct_epochs, batch_size=recipe.batch, settle=recipe.reconstruct_settle, amp=recipe.amp
+    )
     found = reconstruct(model, dict.fromkeys(bench.targets(model), quant), _sequences(bench), options, report)
     bench.notes["reconstruction"] = reports
     return found

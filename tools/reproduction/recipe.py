@@ -15,6 +15,7 @@ _L4Q = ("l4q-none", "l4q-integer", "l4q-float")
 READ_BY = {
     "init": _L4Q,
     "reconstruct_epochs": _L4Q,
+    "reconstruct_settle": _L4Q,
     "distill": _L4Q,
     "scale_lr": (*_L4Q, "qat-lora"),
     "offset_lr": (*_L4Q, "qat-lora"),
@@ -61,7 +62,9 @@ class Recipe:
     init: Init = "l4q"
     """How the L4Q rows start."""
     reconstruct_epochs: int = 2
-    """Passes over them per block with init "reconstructed"."""
+    """Passes over the calibration sequences per block with init "reconstructed"."""
+    reconstruct_settle: float = 0.0
+    """How far its W0 is drawn towards its codes."""
     distill: float = 0.0
     """Share of the L4Q rows' loss that is the divergence from the 16-bit model (`l4q.distill`)."""
     amp: bool = False
@@ -88,7 +91,7 @@ class Recipe:
         """
         values = {name: value for name, value in self.to_dict().items() if method in READ_BY.get(name, (method,))}
         if values.get("init") == "reconstructed":
-            values["reconstruct"] = asdict(ReconstructOptions(epochs=self.reconstruct_epochs))
+            values["reconstruct"] = asdict(ReconstructOptions())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -118,7 +121,10 @@ MODELS: dict[str, Recipe] = {
         eval_windows=12,
         calibration=128,
         lr=1e-3,
+        scale_lr=5e-4,
+        offset_lr=5e-5,
         init="reconstructed",
+        reconstruct_settle=1.0,
         amp=True,
     ),
 }
