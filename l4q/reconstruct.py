@@ -111,10 +111,10 @@ def reconstruct(
             original = run.outputs(original)
             grams = _grams(model, inside, run, quantized)
             with _trainable(model, inside, grams, options.settle) as layers:
-                with _settled(layers):
+                with _quantized_once(layers):
                     before = _error(run.outputs(quantized), original)
                 _train(run, quantized, original, layers, options)
-                with _settled(layers):
+                with _quantized_once(layers):
                     quantized = run.outputs(quantized)
                 progress(BlockReport(name=name, before=before, after=_error(quantized, original)))
             found |= {target: layer.start(options.settle) for target, layer in layers.items()}
@@ -134,12 +134,12 @@ class _FullLinear(nn.Module):
         self.scales = nn.Parameter(weight.start.scales)
         self.offsets = nn.Parameter(weight.start.offsets, requires_grad=quant.zero_point != "none")
         self.bias, self.quant = bias, quant
-        self.settled: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
         """The quantized weight, while it does not change."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in] -> [..., out] through the quantized weight."""
-        weight = self.quantized() if self.settled is None else self.settled
+        weight = self.quantized() if self.kept is None else self.kept
         return F.linear(x, weight.to(x.dtype), self.bias)
 
     def quantized(self) -> torch.Tensor:
@@ -188,15 +188,15 @@ def _trainable(
 
 
 @contextmanager
-def _settled(layers: Mapping[str, _FullLinear]) -> Iterator[None]:
+def _quantized_once(layers: Mapping[str, _FullLinear]) -> Iterator[None]:
     """Quantize every layer once for all batches that are run without training."""
     for layer in layers.values():
-        layer.settled = layer.quantized().detach()
+        layer.kept = layer.quantized().detach()
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.settled = None
+            layer.kept = None
 
 
 def _begin(weight: torch.Tensor, gram: torch.Tensor, quant: QuantConfig) -> Compensated:

@@ -116,6 +116,20 @@ def test_blocks_come_nearer_to_their_originals(model: Any, windows: list[list[in
     assert ours < 0.8 * theirs
 
 
+def test_products_in_bfloat16_find_another_start_as_good(model: Any, windows: list[list[int]]) -> None:
+    """Under autocast the errors fall about as far, with other bits; weights and grids stay in float32."""
+    layers = divisible(model)
+    plain = AutoModelForCausalLM.from_pretrained(model.config.name_or_path, dtype=torch.float32)
+    full: list[BlockReport] = []
+    half: list[BlockReport] = []
+    reconstruct(plain, layers, windows[:12], ReconstructOptions(epochs=2), full.append)
+    found = reconstruct(model, layers, windows[:12], ReconstructOptions(epochs=2, amp=True), half.append)
+    assert [each.after for each in half] == pytest.approx([each.after for each in full], rel=0.1)
+    assert all(each.after < 0.95 * each.before for each in half)
+    assert {part.dtype for grid in found.values() for part in grid} == {torch.float32}
+    assert not any(torch.equal(model.get_submodule(n).weight, plain.get_submodule(n).weight) for n in layers)
+
+
 def test_the_wrapped_model_is_the_one_that_was_reconstructed(model: Any, windows: list[list[int]]) -> None:
     """At step 0 its codes are those of the weights and grids that were found; with another grid they are not."""
     found = reconstruct(model, divisible(model), windows[:2], ReconstructOptions(epochs=1))

@@ -67,6 +67,8 @@ class Study:
 
     def __init__(self, name: str, steps: int, windows: int, *, rotate: bool) -> None:
         recipe = replace(MODELS[name], steps=steps)
+        if recipe.reconstruct_settle:  # its rates and calibration are a settled start's, and L4Q starts calibrated here
+            recipe = replace(recipe, calibration=16, scale_lr=None, offset_lr=None)
         (CACHE / name).mkdir(parents=True, exist_ok=True)
         tokens = load_tokens(recipe, ASSETS, CACHE / name)
         cell = Cell(method="lora", bits=None, seed=0)
