@@ -27,11 +27,12 @@ def pack_codes(codes: U8, bits: int) -> U8:
     padded = -(-in_features // per_word) * per_word
     if padded != in_features:
         codes = np.pad(codes, ((0, 0), (0, padded - in_features)))
-    fields = codes.reshape(rows, padded // per_word, per_word).astype(np.uint32)  # [rows, words, codes per word]
-    words = np.zeros(fields.shape[:2], dtype=np.uint32)
+    fields = codes.reshape(rows, padded // per_word, per_word)  # [rows, words, codes per word]
+    word = np.dtype("u1" if word_bytes == 1 else "<u4")  # no wider than needed: memory traffic is what packing costs
+    words = np.zeros(fields.shape[:2], dtype=word)
     for k in range(per_word):
-        words |= fields[:, :, k] << np.uint32(bits * k)
-    stream = words.astype("<u4")[:, :, None].view(np.uint8)[:, :, :word_bytes]  # [rows, words, bytes per word]
+        words |= fields[:, :, k].astype(word) << word.type(bits * k)
+    stream = words[:, :, None].view(np.uint8)[:, :, :word_bytes]  # [rows, words, bytes per word]
     return np.ascontiguousarray(stream.reshape(rows, -1)[:, : row_bytes(in_features, bits)])
 
 
