@@ -311,14 +311,14 @@ def save_checkpoint(
             writer.add(_weight_tensors(module, weight), {module: metadata})
         for name, tensor in dense:
             writer.add({name: tensor.detach().cpu().contiguous()}, {})
-        writer.close()
+        shards = writer.close()
         section = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **quant.to_dict()}
         section["modules_to_not_convert"] = sorted(modules_to_not_convert)
         section |= grids_entry(records, quant)
         content = json.dumps({**config, "quantization_config": section}, indent=2, sort_keys=True)
         (stage / CONFIG_NAME).write_text(content + "\n", encoding="utf-8")
         copy_files(side_files, stage)
-        write_checkpoint_manifest(stage)
+        write_checkpoint_manifest(stage, shards)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

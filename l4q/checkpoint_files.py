@@ -20,11 +20,16 @@ log = logging.getLogger(__name__)
 CHECKPOINT_MANIFEST = "l4q_checkpoint.json"
 
 
-def write_checkpoint_manifest(folder: Path) -> None:
-    """Record every file of a complete checkpoint folder."""
+def write_checkpoint_manifest(folder: Path, known: FileTable) -> None:
+    """Record every file of a complete checkpoint folder.
+
+    Args:
+        folder: The checkpoint.
+        known: Files of it that have been hashed as they were written; the others are read.
+    """
     from l4q import __version__
 
-    files = {name: file_facts(path) for name, path in list_files(folder).items()}
+    files = {name: known.get(name) or file_facts(path) for name, path in list_files(folder).items()}
     content = json.dumps({"l4q_version": __version__, "files": files}, indent=2, sort_keys=True)
     (folder / CHECKPOINT_MANIFEST).write_text(content + "\n", encoding="utf-8")
 
