@@ -54,7 +54,11 @@ RESULT_LINES = {
     type=click.Choice(get_args(ScaleGrid)),
     help="Scale values; q4_k, q3_k: llama.cpp's.  [default: by --zero-point]",
 )
-@click.option("--init", type=click.Choice(get_args(Init)), default="l4q", help="How scales and offsets start.")
+@click.option(
+    "--init",
+    type=click.Choice(get_args(Init)),
+    help="How scales and offsets start.  [default: calibrated, with --fsdp l4q]",
+)
 @click.option(
     "--calibration",
     type=int,

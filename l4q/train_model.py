@@ -131,7 +131,7 @@ def wrap_model(
         model,
         quant,
         options.lora,
-        init=options.init,
+        init=options.start_init,
         learning=options.learning,
         skip_indivisible=options.leave_dense,
         start=start,
@@ -154,7 +154,7 @@ def wrap_model(
 
 
 def _moments(model: Any, options: TrainOptions, data: TrainingData | None) -> Moments:
-    if options.init != "calibrated" or data is None:
+    if options.start_init != "calibrated" or data is None:
         return {}
     chosen = data.spread(cast(int, options.calibration))
     log.info("calibrating the grid on %d sequences", len(chosen))

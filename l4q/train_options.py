@@ -104,8 +104,8 @@ class TrainOptions:
     """Patterns of target modules that stay dense."""
     quantize_head: bool = False
     """Quantize the output head too; refused where it is the embedding matrix."""
-    init: Init = "l4q"
-    """How scales and offsets start, see `l4q.init`."""
+    init: Init | None = None
+    """How scales and offsets start, see `l4q.init`; None: see `start_init`."""
     calibration: int | None = None
     """Training sequences that init "calibrated" and "reconstructed" look at; None: 16, and 128 for "reconstructed"."""
     reconstruct_epochs: int = 2
@@ -194,9 +194,14 @@ class TrainOptions:
             "one of the two: reconstruction replaces W0, which would be the teacher",
         )
         for grid in (self.quant, *(override.apply(self.quant) for override in self.overrides)):
-            check_init(self.init, grid)
+            check_init(self.start_init, grid)
         warmup, longest = self.lora_warmup_steps, float("inf") if self.steps is None else self.steps
         require(0 <= warmup < longest, "lora_warmup_steps", warmup, "at least 0 and fewer than the run's steps")
+
+    @property
+    def start_init(self) -> Init:
+        """The initialisation: the one given, else "calibrated", or "l4q" with fsdp, where no process has the model."""
+        return self.init or ("l4q" if self.fsdp else "calibrated")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""

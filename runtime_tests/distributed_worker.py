@@ -34,6 +34,7 @@ def global_options(model: Path, data: Path, out: Path) -> TrainOptions:
         out=out,
         quant=QuantConfig(zero_point="integer"),
         lora=LoraConfig(rank=4),
+        init="l4q",  # the only one that DDP and FSDP both take
         leave_dense=True,
         lora_warmup_steps=WARMUP,
         distill=0.25,

@@ -94,12 +94,18 @@ def test_rates_reach_their_own_parameters(train_options: Options, glassllm_dir: 
     """With a rate of zero for LoRA, or for s and b, exactly those parameters stay as they were."""
     train(
         train_options(
-            steps=3, out=train_options().out / "grid", optim=OptimOptions(lr=0.0, scale_lr=1e-4, offset_lr=1e-4)
+            steps=3,
+            out=train_options().out / "grid",
+            init="l4q",
+            optim=OptimOptions(lr=0.0, scale_lr=1e-4, offset_lr=1e-4),
         )
     )
     train(
         train_options(
-            steps=3, out=train_options().out / "lora", optim=OptimOptions(lr=1e-3, scale_lr=0.0, offset_lr=0.0)
+            steps=3,
+            out=train_options().out / "lora",
+            init="l4q",
+            optim=OptimOptions(lr=1e-3, scale_lr=0.0, offset_lr=0.0),
         )
     )
     grid, lora = (final_weights(train_options().out / name) for name in ("grid", "lora"))

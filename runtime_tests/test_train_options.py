@@ -170,10 +170,11 @@ def parsed(*arguments: str) -> TrainOptions:
 
 
 def test_defaults_are_the_documented_ones() -> None:
-    """The command line's defaults are the dataclasses', which are the paper's."""
+    """The command line's defaults are the dataclasses': the paper's, but for the start."""
     made = parsed()
     assert made == TrainOptions(model="model", data=(Path(__file__),), out=Path("run"))
-    assert (made.init, made.learning, made.lora_warmup_steps, made.optim.state) == ("l4q", GridLearning(), 0, "float32")
+    assert (made.start_init, made.calibration, parsed("--fsdp").start_init) == ("calibrated", 16, "l4q")
+    assert (made.learning, made.lora_warmup_steps, made.optim.state) == (GridLearning(), 0, "float32")
     assert made.learning == GridLearning(train_scales=True, train_offsets=True, gradient_scale="none")
 
 
