@@ -205,7 +205,7 @@ def freeze_weight(
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows, block in _code_blocks(weight, update, params, quant.max_code):
-        codes[rows] = block.view(-1, weight.shape[1]).to(torch.uint8)
+        codes[rows].copy_(block.view(-1, weight.shape[1]))
     return QuantizedWeight(
         codes=codes.cpu().numpy(),
         **_group_arrays(params, quant),
