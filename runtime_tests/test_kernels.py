@@ -78,7 +78,7 @@ def test_what_is_not_finite_stays_visible() -> None:
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
 def test_runs_merge_like_blocks(storage: str) -> None:
     """The merged weight of a long run has the bits that freezing merges block by block; two runs, W0 in any storage."""
-    problem, _, _ = example(QuantConfig(group_size=32), torch.float32, shape=(2400, 480))
+    problem, _, _ = example(QuantConfig(group_size=32), torch.float32, shape=(3600, 480))
     assert isinstance(problem.weight, torch.Tensor)
     if storage.startswith("int"):
         problem = problem._replace(weight=PackedBase.quantize(problem.weight, storage))  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def test_runs_merge_like_blocks(storage: str) -> None:
         expected = merge_lora(problem.weight, problem.update, block, torch.float32)
         rows, merged = next(run for run in runs if run[0].start <= block.start < run[0].stop)
         assert same_bits(merged[block.start - rows.start : block.stop - rows.start], expected)
-    assert compare(NUMBA, problem, torch.ones(2, 480), torch.ones(2, 2400)) is None
+    assert compare(NUMBA, problem, torch.ones(2, 480), torch.ones(2, 3600)) is None
 
 
 def test_threads_change_no_bit() -> None:

@@ -56,7 +56,7 @@ def test_quantization_starts_from_the_merged_weight(init: Any) -> None:
     """start_quantization gives the s and b of W0 + scaling B A, and from then on frozen == forward bit for bit."""
     torch.manual_seed(0)
     quant = QuantConfig(group_size=32, zero_point="integer")
-    layer = L4QLinear.from_linear(nn.Linear(96, 700, bias=False), quant, LoraConfig(rank=5), init=init)
+    layer = L4QLinear.from_linear(nn.Linear(96, 2800, bias=False), quant, LoraConfig(rank=5), init=init)
     layer.start_warmup()
     with torch.no_grad():
         layer.lora_B.normal_(0, 0.05)
@@ -77,7 +77,9 @@ def test_quantization_starts_from_the_merged_weight(init: Any) -> None:
 @pytest.fixture(scope="module")
 def warmed(train_base: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
     """A run of 10 steps whose first 4 train plain LoRA, with a state of every step."""
-    made = replace(train_base, out=tmp_path_factory.mktemp("warm") / "run", lora_warmup_steps=WARMUP, save_every=1)
+    made = replace(
+        train_base, out=tmp_path_factory.mktemp("warm") / "run", lora_warmup_steps=WARMUP, save_every=1, init="l4q"
+    )
     train(made)
     return made
 

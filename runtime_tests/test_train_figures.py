@@ -29,10 +29,10 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def base(glassllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
-    """A short run whose zero-points move, with every step saved."""
+    """A short run whose zero-points move, with every step saved, from a start that needs no data to be made again."""
     options = base_options(glassllm_dir, tmp_path_factory.mktemp("figures"))
     optim = OptimOptions(lr=2e-3, scale_lr=5e-4, offset_lr=5e-3, warmup_ratio=0.0)
-    return replace(options, steps=STEPS, save_every=1, grad_accum=1, optim=optim)
+    return replace(options, init="l4q", steps=STEPS, save_every=1, grad_accum=1, optim=optim)
 
 
 @pytest.fixture(scope="module")
