@@ -131,7 +131,7 @@ def test_frozen_weight_is_the_forward_bit_for_bit(init: Any, kind: Any, bits: in
     """For every start: dequantize(freeze(layer)) is the weight the forward multiplied with, before and after moving."""
     torch.manual_seed(bits)
     quant = QuantConfig(bits=bits, group_size=32, zero_point=kind)
-    layer = L4QLinear.from_linear(nn.Linear(96, 700, bias=False), quant, LoraConfig(rank=5), init=init)
+    layer = L4QLinear.from_linear(nn.Linear(96, 2800, bias=False), quant, LoraConfig(rank=5), init=init)
     for _ in range(2):
         forward = layer(torch.eye(96)).T.detach()  # multiplying by 1 and adding zeros changes no bit
         frozen = layer.freeze().dequantize()

@@ -156,8 +156,8 @@ def test_frozen_weight_is_the_forward_bit_for_bit(kind: str, bits: int, grid: st
     """dequantize(freeze(layer)) == the weight the float32 forward multiplied with, for every grid."""
     torch.manual_seed(bits)
     quant = QuantConfig(bits=bits, group_size=group_size, zero_point=kind, scale_grid=grid)  # type: ignore[arg-type]
-    # 341 columns exercise the padded rows of one-group layers; 700 rows more than one cache block
-    linear = nn.Linear(341 if group_size == -1 else 96, 700, bias=False)
+    # 341 columns exercise the padded rows of one-group layers; 2800 rows are several blocks
+    linear = nn.Linear(341 if group_size == -1 else 96, 2800, bias=False)
     layer = L4QLinear.from_linear(linear, quant, LoraConfig(rank=5))
     with torch.no_grad():
         layer.lora_B.normal_(0, 0.02)
