@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l4q.bitpack import pack_codes, row_bytes
+from l4q.bitpack import row_bytes
 from l4q.checkpoint_files import write_checkpoint_manifest
 from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
@@ -275,7 +275,7 @@ def save_checkpoint(
     path: str | Path,
     *,
     config: Mapping[str, Any],
-    weights: Iterable[tuple[str, QuantizedWeight]],
+    weights: Iterable[tuple[str, QuantizedWeight | PackedWeight]],
     dense: Iterable[tuple[str, torch.Tensor]],
     quant: QuantConfig,
     grids: Mapping[str, QuantConfig] | None = None,
@@ -328,11 +328,12 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(len(part) if index % 2 else -1, part) for index, part in enumerate(digits)]
 
 
-def _weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+def _weight_tensors(module: str, weight: QuantizedWeight | PackedWeight) -> dict[str, torch.Tensor]:
     import torch
 
-    arrays = {part: getattr(weight, part) for part in _PARTS if getattr(weight, part) is not None}
-    arrays["codes"] = pack_codes(weight.codes, weight.bits)
+    packed = PackedWeight.of(weight) if isinstance(weight, QuantizedWeight) else weight
+    arrays = {part: getattr(packed, part) for part in _PARTS if getattr(packed, part, None) is not None}
+    arrays["codes"] = packed.packed
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
 
 

@@ -20,14 +20,15 @@ from l4q.errors import UsageError
 from l4q.init import Start, init_qparams
 from l4q.kernels.problem import Kernels, Problem
 from l4q.kernels.select import EAGER, kernels_for, require_kernels
+from l4q.packed_weight import PackedWeight
 from l4q.quant import (
     GridParams,
     LoraUpdate,
     ScaleGradient,
     fake_quantize,
-    freeze_weight,
     grid_params,
     merge_lora,
+    pack_blocks,
     row_blocks,
 )
 from l4q.weight import QuantizedWeight
@@ -240,8 +241,20 @@ class L4QLinear(nn.Module):
         Raises:
             UsageError: The layer is in its LoRA warm-up, so no grid has been chosen yet.
         """
+        return self.freeze_packed(name).unpack()
+
+    @torch.no_grad()
+    def freeze_packed(self, name: str = "") -> PackedWeight:
+        """As `freeze`, the integers packed as they are stored.
+
+        Raises:
+            UsageError: As `freeze`.
+        """
         self._require_quantizing(name)
-        return freeze_weight(self.weight, self.update(), self.grid(), self.quant, name)
+        params = self.grid()
+        kernels = kernels_for(self.kernels, self.weight.device.type, params.scales.dtype)
+        blocks = kernels.codes(Problem(self.weight, self.update(), params, self.quant.max_code))
+        return pack_blocks(blocks, self.weight.shape, params, self.quant, name)
 
     def _require_quantizing(self, name: str = "") -> None:
         if not self.quantizing:

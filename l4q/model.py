@@ -21,6 +21,7 @@ from l4q.files import find_side_files
 from l4q.init import Start
 from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, SUPERBLOCK
 from l4q.linear import L4QLinear
+from l4q.packed_weight import PackedWeight
 from l4q.rules import Override
 from l4q.starts.adopt import adopt, reproduces
 from l4q.starts.start import PretrainedStart
@@ -200,10 +201,16 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
 
 def freeze_model(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
     """Freeze layer after layer, one in memory at a time; of a sharded model, one block is gathered at a time."""
+    for name, weight in freeze_packed(model):
+        yield name, weight.unpack()
+
+
+def freeze_packed(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    """As `freeze_model`, the integers packed as they are stored."""
     for members in gathered_units(model):
         for name, layer in members:
             if isinstance(layer, L4QLinear):
-                yield name, layer.freeze(name)
+                yield name, layer.freeze_packed(name)
 
 
 def save_l4q(
@@ -233,7 +240,7 @@ def save_l4q(
     dense_modules = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     config["architectures"] = config.get("architectures") or [type(model).__name__]  # from_config leaves it empty
-    weights = freeze_model(model)
+    weights = freeze_packed(model)
     dense = ((name, whole(tensor)) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside))
     if not is_main():
         _follow(model, weights, dense)

@@ -7,7 +7,7 @@ from typing import Any
 
 from l4q.config import GROUP_MULTIPLE, PER_ROW, QuantConfig
 from l4q.errors import UsageError
-from l4q.weight import QuantizedWeight
+from l4q.weight import GroupParameters
 
 MODULES_KEY = "modules"
 """Module name -> its grid, for the modules that are not on the common one."""
@@ -30,7 +30,7 @@ def module_grids(section: Mapping[str, Any], *, where: object = None) -> dict[st
     return {module: QuantConfig.from_dict(entry, where=f"{where}: {module}") for module, entry in entries.items()}
 
 
-def grid_record(weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Any]:
+def grid_record(weight: GroupParameters, quant: QuantConfig) -> dict[str, Any]:
     """The weight's own grid, with the scale grid of `quant` if the weight is on `quant`: the values do not tell."""
     whole_row = weight.groups == 1 and (quant.group_size == PER_ROW or weight.group_size % GROUP_MULTIPLE > 0)
     group_size = PER_ROW if whole_row else weight.group_size

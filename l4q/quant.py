@@ -15,15 +15,18 @@ in / groups consecutive columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from l4q import k_snap
 from l4q.base import BaseWeight, base_rows
+from l4q.bitpack import pack_codes, row_bytes
 from l4q.config import QuantConfig, ScaleGrid
 from l4q.k_grids import K_GRIDS
+from l4q.packed_weight import PackedWeight
 from l4q.weight import QuantizedWeight
 
 # Smallest value both scale grids hold (2**-20 is the least fp16 subnormal with its four low bits clear), and a bound
@@ -186,7 +189,7 @@ def fake_quantize(
         [out, in].
     """
     values = torch.empty(weight.shape, dtype=dtype or params.scales.dtype, device=weight.device)
-    for rows, codes in _code_blocks(weight, update, params, max_code):
+    for rows, codes in _rounded_blocks(weight, update, params, max_code):
         block = codes.mul_(params.scales[rows].unsqueeze(-1)).add_(params.mins[rows].unsqueeze(-1))
         values[rows] = block.view(-1, weight.shape[1])
     return values
@@ -197,26 +200,42 @@ def freeze_weight(
 ) -> QuantizedWeight:
     """Turn a merged weight into integers.
 
-    This is the only step that may lose information, and it loses nothing that `fake_quantize` has not lost in every
+    Freezing is the only step that may lose information, and it loses nothing that `fake_quantize` has not lost in every
     training forward already: both take their codes from the same blocks.
 
     Raises:
         UsageError: Scales or mins are not finite (training diverged).
     """
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for rows, block in _code_blocks(weight, update, params, quant.max_code):
-        codes[rows].copy_(block.view(-1, weight.shape[1]))
-    return QuantizedWeight(
-        codes=codes.cpu().numpy(),
-        **_group_arrays(params, quant),
-        bits=quant.bits,
-        group_size=quant.resolve_group_size(weight.shape[1]),
-        name=name,
+    return pack_blocks(code_blocks(weight, update, params, quant.max_code), weight.shape, params, quant, name).unpack()
+
+
+def pack_blocks(
+    blocks: Iterable[tuple[slice, torch.Tensor]], shape: torch.Size, params: GridParams, quant: QuantConfig, name: str
+) -> PackedWeight:
+    """A weight from the codes of its runs of rows, packed one run after another.
+
+    Args:
+        blocks: Rows and their codes, uint8 [rows, in].
+        shape: Of the weight.
+        params: The grid.
+        quant: Bits, group size and kind of zero-point.
+        name: Of the layer, for error messages.
+
+    Raises:
+        UsageError: Scales or mins are not finite (training diverged).
+    """
+    out_features, in_features = shape
+    packed = np.empty((out_features, row_bytes(in_features, quant.bits)), dtype=np.uint8)
+    for rows, codes in blocks:
+        packed[rows] = pack_codes(codes.cpu().numpy(), quant.bits)
+    group_size = quant.resolve_group_size(in_features)
+    return PackedWeight(
+        packed=packed, **_group_arrays(params, quant), bits=quant.bits, group_size=group_size, name=name
     )
 
 
 def _group_arrays(params: GridParams, quant: QuantConfig) -> dict[str, Any]:
-    """The group parameters as `QuantizedWeight` keeps them, NumPy arrays by field."""
+    """The group parameters as `GroupParameters` keeps them, NumPy arrays by field."""
     parts: dict[str, torch.Tensor] = {"scales": params.scales}
     if quant.zero_point == "integer":
         parts["zeros"] = params.zeros
@@ -234,7 +253,15 @@ def _group_arrays(params: GridParams, quant: QuantConfig) -> dict[str, Any]:
     }
 
 
-def _code_blocks(
+def code_blocks(
+    weight: BaseWeight, update: LoraUpdate, params: GridParams, max_code: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Codes of each run of rows, uint8 [rows, in]."""
+    for rows, codes in _rounded_blocks(weight, update, params, max_code):
+        yield rows, codes.to(torch.uint8).view(-1, weight.shape[1])
+
+
+def _rounded_blocks(
     weight: BaseWeight, update: LoraUpdate, params: GridParams, max_code: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Codes of each run of rows as whole float numbers [rows, groups, group_size], free to be overwritten."""

@@ -88,6 +88,11 @@ class BenchModel:
         }
 
 
+def _rope(theta: float) -> dict[str, Any]:
+    """The entry transformers 5 writes for a plain rotation."""
+    return {"rope_type": "default", "rope_theta": theta}
+
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -98,19 +103,19 @@ LLAMA3_ROPE = {
 MODELS: dict[str, BenchModel] = {
     "tiny": BenchModel(
         hidden=128, inner=256, layers=2, heads=2, kv_heads=1, vocab=1024, tied=True, dtype="bfloat16",
-        more={"max_position_embeddings": 1024, "rope_theta": 10000.0},
+        more={"max_position_embeddings": 1024, "rope_parameters": _rope(10000.0)},
     ),
     "smollm2": BenchModel(
         hidden=576, inner=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True, dtype="bfloat16",
-        more={"max_position_embeddings": 8192, "rope_theta": 100000.0},
+        more={"max_position_embeddings": 8192, "rope_parameters": _rope(100000.0)},
     ),
     "llama-1b": BenchModel(
         hidden=2048, inner=8192, layers=16, heads=32, kv_heads=8, vocab=128256, tied=True, dtype="bfloat16",
-        more={"max_position_embeddings": 131072, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+        more={"max_position_embeddings": 131072, "rope_parameters": _rope(500000.0) | LLAMA3_ROPE},
     ),
     "llama-7b": BenchModel(
         hidden=4096, inner=11008, layers=32, heads=32, kv_heads=32, vocab=32000, tied=False, dtype="float16",
-        more={"max_position_embeddings": 4096, "rope_theta": 10000.0},
+        more={"max_position_embeddings": 4096, "rope_parameters": _rope(10000.0)},
     ),
 }  # fmt: skip
 """SmolLM2-135M, Llama-3.2-1B, Llama-2-7B, and one for tests and warm-ups."""

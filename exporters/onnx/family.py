@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.onnx.stated import default_frequencies, stated_config
 from l4q.errors import UnsupportedError, UsageError
 from l4q.weight import F32
 
@@ -169,7 +170,7 @@ class ModelSpec:
 
 
 def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
-    """Read what the graph needs from a config.json, through transformers' own config classes and rotary functions.
+    """Read what the graph needs from a config.json, through transformers' own classes unless all of it is plain.
 
     Raises:
         UnsupportedError: The architecture, its activation or its rotation is not covered.
@@ -182,7 +183,8 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
             expected=f"one of {sorted(FAMILIES)}",
             remedy="use --onnx-graph exported, export to gptq, or add the architecture to exporters/onnx/family.py",
         )
-    family, parsed = FAMILIES[architecture], parse_config(config)
+    stated = stated_config(architecture, config)
+    family, parsed = FAMILIES[architecture], parse_config(config) if stated is None else stated
     activation = getattr(parsed, "hidden_activation", None) or parsed.hidden_act
     _check_choice("hidden_act", activation, ACTIVATIONS)
     _check_experts(parsed, family)
@@ -206,7 +208,9 @@ def read_spec(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
         window=window,
         sliding=tuple(window is not None and kind == SLIDING for kind in kinds),
         kinds=kinds,
-        rotations=_rotations(parsed, family, kinds, head_dim),
+        rotations=_rotations(parsed, family, kinds, head_dim)
+        if stated is None
+        else dict.fromkeys(kinds, _default_rotation(stated.rope_parameters["rope_theta"], head_dim)),
         attention_scale=float(getattr(parsed, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
         attention_softcap=getattr(parsed, "attn_logit_softcapping", None),
         logit_softcap=getattr(parsed, "final_logit_softcapping", None),
@@ -259,6 +263,10 @@ def _rotations(parsed: Any, family: Family, kinds: tuple[str, ...], head_dim: in
         long_inv_freq, long_from = _long_rotation(parsed, parameters.get(kind, parameters))
         found[kind] = Rotation(inv_freq=inv_freq, scaling=scaling, long_inv_freq=long_inv_freq, long_from=long_from)
     return found
+
+
+def _default_rotation(theta: float, head_dim: int) -> Rotation:
+    return Rotation(inv_freq=default_frequencies(theta, head_dim), scaling=1.0)
 
 
 def _long_rotation(parsed: Any, parameters: Mapping[str, Any]) -> tuple[F32 | None, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from l4q.kernels.problem import Gradients, Problem, cast_update
-from l4q.quant import fake_quantize, merge_lora, position_, row_blocks
+from l4q.quant import code_blocks, fake_quantize, merge_lora, position_, row_blocks
 
 
 class EagerKernels:
@@ -16,6 +18,10 @@ class EagerKernels:
     def quantize(self, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
         """W_q [out, in] in `dtype`."""
         return fake_quantize(*problem, dtype)
+
+    def codes(self, problem: Problem) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Codes of each run of rows, uint8 [rows, in]."""
+        return code_blocks(*problem)
 
     def gradients(self, problem: Problem, x: torch.Tensor, grad_y: torch.Tensor) -> Gradients:
         """Gradients of A, B, s and m; eqs 19 and 21 with m = b + Q_N * s.

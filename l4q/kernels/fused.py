@@ -22,7 +22,7 @@ RUN_ELEMENTS = 1 << 20
 
 
 class Passes(Protocol):
-    """The two compiled passes over a run of rows; scales and mins are [rows, groups] float32."""
+    """The compiled passes over a run of rows; scales and mins are [rows, groups] float32."""
 
     @property
     def name(self) -> str:
@@ -31,6 +31,10 @@ class Passes(Protocol):
 
     def quantize(self, merged: torch.Tensor, params: GridParams, max_code: int, out: torch.Tensor) -> None:
         """Write W_q of `merged` [rows, in] float32 to `out` [rows, in] of any float dtype."""
+        ...
+
+    def codes(self, merged: torch.Tensor, params: GridParams, max_code: int) -> torch.Tensor:
+        """The codes of `merged` [rows, in] float32, which may be overwritten: uint8 [rows, in]."""
         ...
 
     def differentiate(
@@ -56,6 +60,11 @@ class FusedKernels:
         for rows, merged in merged_runs(problem):
             self.passes.quantize(merged, _part(problem.params, rows), problem.max_code, out[rows])
         return out
+
+    def codes(self, problem: Problem) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Codes of each run of rows, uint8 [rows, in]."""
+        for rows, merged in merged_runs(problem):
+            yield rows, self.passes.codes(merged, _part(problem.params, rows), problem.max_code)
 
     def gradients(self, problem: Problem, x: torch.Tensor, grad_y: torch.Tensor) -> Gradients:
         """Gradients of A, B, s and m, see `EagerKernels.gradients`."""

@@ -139,6 +139,19 @@ def quantize_bfloat16(merged: Any, scales: Any, mins: Any, max_code: Any, out: A
 
 
 @_compiled()
+def codes_float32(merged: Any, scales: Any, mins: Any, max_code: Any, out: Any) -> None:
+    """The codes of merged [rows, groups, size] as uint8; that of a NaN is 0."""
+    zero = np.float32(0.0)
+    for row in range(merged.shape[0]):
+        for group in range(merged.shape[1]):
+            s, m = scales[row, group], mins[row, group]
+            for i in range(merged.shape[2]):
+                position = (merged[row, group, i] - m) / s
+                position = position if position > zero else zero
+                out[row, group, i] = np.uint8(np.rint(max_code if position > max_code else position))
+
+
+@_compiled()
 def differentiate_float32(merged: Any, scales: Any, mins: Any, max_code: Any, out: Any, grad: Any, sums: Any) -> None:
     """W_q, dL/dW over `merged`, and `sums` [rows, groups, 2] from grad [rows, groups, size]."""
     for row in range(merged.shape[0]):
@@ -169,6 +182,12 @@ class NumbaPasses:
             return
         kernel = quantize_bfloat16 if out.dtype == torch.bfloat16 else quantize_float32
         _over_rows(kernel, _arrays(merged, params), max_code, (_grouped(out, params),))
+
+    def codes(self, merged: torch.Tensor, params: GridParams, max_code: int) -> torch.Tensor:
+        """The codes of `merged` [rows, in] float32, uint8 [rows, in]."""
+        out = torch.empty(merged.shape, dtype=torch.uint8, device="cpu")
+        _over_rows(codes_float32, _arrays(merged, params), max_code, (_grouped(out, params),))
+        return out
 
     def differentiate(
         self, merged: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor, out: torch.Tensor

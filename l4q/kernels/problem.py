@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,10 @@ class Kernels(Protocol):
 
     def quantize(self, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
         """W_q [out, in] in `dtype`."""
+        ...
+
+    def codes(self, problem: Problem) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The codes that W_q is computed from, for each run of rows: uint8 [rows, in]."""
         ...
 
     def gradients(self, problem: Problem, x: torch.Tensor, grad_y: torch.Tensor) -> Gradients:

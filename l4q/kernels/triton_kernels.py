@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from l4q.quant import GridParams
+from l4q.quant import GridParams, position_
 
 # Neither package has types, and only machines with a GPU have them.
 triton: Any = import_module("triton")
@@ -121,6 +121,11 @@ class TritonPasses:
     def quantize(self, merged: torch.Tensor, params: GridParams, max_code: int, out: torch.Tensor) -> None:
         """Write W_q of `merged` [rows, in] float32 to `out`."""
         self._launch(quantize_kernel, merged, params, max_code, out, ())
+
+    def codes(self, merged: torch.Tensor, params: GridParams, max_code: int) -> torch.Tensor:
+        """The codes of `merged` [rows, in] float32, uint8 [rows, in], by torch: it happens once a model."""
+        position = position_(merged, params.scales, params.mins)
+        return position.clamp_(0, max_code).round_().to(torch.uint8).view(merged.shape)
 
     def differentiate(
         self, merged: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor, out: torch.Tensor

@@ -36,6 +36,8 @@ def compare(kernels: Kernels, problem: Problem, x: torch.Tensor, grad_y: torch.T
     oracle = EagerKernels()
     if not same_bits(kernels.quantize(problem, x.dtype), oracle.quantize(problem, x.dtype)):
         return "W_q of the forward differs"
+    if not same_bits(_all_codes(kernels, problem), _all_codes(oracle, problem)):
+        return "a code differs"
     ours, theirs = kernels.gradients(problem, x, grad_y), oracle.gradients(problem, x, grad_y)
     if not same_bits(ours.quantized, theirs.quantized):
         return "W_q of the backward differs"
@@ -45,6 +47,11 @@ def compare(kernels: Kernels, problem: Problem, x: torch.Tensor, grad_y: torch.T
         if not error <= TOLERANCE[x.dtype] * largest:
             return f"the gradient of {name} is off by {error:.3g}, its largest entry being {largest:.3g},"
     return None
+
+
+def _all_codes(kernels: Kernels, problem: Problem) -> torch.Tensor:
+    """Uint8 [out, in]."""
+    return torch.cat([codes for _, codes in kernels.codes(problem)])
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
