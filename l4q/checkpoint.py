@@ -300,8 +300,7 @@ def save_checkpoint(
         UsageError: The folder exists and `overwrite` is false.
     """
     records: dict[str, dict[str, Any]] = {}
-    with staged_folder(Path(path), overwrite=overwrite) as stage:
-        writer = ShardWriter(stage)
+    with staged_folder(Path(path), overwrite=overwrite) as stage, ShardWriter(stage) as writer:
         for module, weight in weights:
             records[module] = grid_record(weight, (grids or {}).get(module, quant))
             record = dict(records[module])

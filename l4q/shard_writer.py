@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -160,16 +161,28 @@ def _write_piece(shard: _ShardFile, piece: _Piece) -> None:
 
 
 class ShardWriter:
-    """Takes tensors one after another and completes a shard whenever the next addition would exceed the limit."""
+    """Takes tensors one after another and completes a shard whenever the next addition would exceed the limit.
+
+    A shard is completed by a thread of its own: it waits for the disk most of the time, while the next shard's tensors
+    are computed. One at a time, so that no more than two shards' worth of collected tensors lies on the disk.
+
+    A context manager; leaving it waits for that thread, whatever happened.
+    """
 
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self._folder = folder
         self._limit = max_shard_bytes
-        self._units: list[Unit] = []
-        self._places: dict[str, int] = {}
-        self._bytes = 0
+        self._shard = _Collected(folder, 0)
         self._shards: list[tuple[Unit, ...]] = []
         self._facts: list[FileFacts] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="l4q-shard")
+        self._completing: Future[FileFacts] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
 
     def add(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Add tensors that belong together; they share a shard."""
@@ -177,15 +190,9 @@ class ShardWriter:
             TensorSpec(name=name, dtype=dtype_word(value), shape=tuple(value.shape)) for name, value in tensors.items()
         ]
         unit = Unit(name=",".join(tensors), tensors=tuple(specs), metadata=metadata)
-        if self._units and self._bytes + unit.nbytes > self._limit:
+        if self._shard.units and self._shard.nbytes + unit.nbytes > self._limit:
             self._complete()
-        with open(self._spool, "ab", buffering=0) as file:
-            for name, value in tensors.items():
-                data = as_bytes(value)
-                write_at(file.fileno(), data, self._bytes)
-                self._places[name] = self._bytes
-                self._bytes += data.nbytes
-        self._units.append(unit)
+        self._shard.append(unit, tensors)
 
     def close(self) -> FileTable:
         """Complete the last shard, give the shards their final names and write the index if there are several.
@@ -193,25 +200,58 @@ class ShardWriter:
         Returns:
             Sizes and hashes of the shards.
         """
-        if self._units or not self._shards:
+        if self._shard.units or not self._shards:
             self._complete()
+        self._wait()
         count = len(self._shards)
         layouts = []
         for number, units in enumerate(self._shards):
             layouts.append(ShardLayout(file_name=shard_name(number, count), units=units))
-            self._part(number).rename(self._folder / layouts[-1].file_name)
+            _part(self._folder, number).rename(self._folder / layouts[-1].file_name)
         if count > 1:
             (self._folder / INDEX).write_text(index_json(layouts), encoding="utf-8")
         return {layout.file_name: facts for layout, facts in zip(layouts, self._facts, strict=True)}
 
     def _complete(self) -> None:
-        """Header and tensors in file order, copied from where they were collected."""
-        part = self._part(len(self._shards))
-        layout = ShardLayout(file_name=part.name, units=tuple(self._units))
+        """Hand the shard to the thread, once that has completed the one before."""
+        self._wait()
+        self._completing = self._thread.submit(self._shard.complete)
+        self._shards.append(tuple(self._shard.units))
+        self._shard = _Collected(self._folder, len(self._shards))
+
+    def _wait(self) -> None:
+        if self._completing is not None:
+            self._facts.append(self._completing.result())
+            self._completing = None
+
+
+class _Collected:
+    """The tensors of one shard as they came, in a file beside it."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.units: list[Unit] = []
+        self.nbytes = 0
+        self._places: dict[str, int] = {}
+        self._spool = folder / f".shard-{number:05d}.spool"
+        self._part = _part(folder, number)
+
+    def append(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add a unit's tensors."""
+        with open(self._spool, "ab", buffering=0) as file:
+            for name, value in tensors.items():
+                data = as_bytes(value)
+                write_at(file.fileno(), data, self.nbytes)
+                self._places[name] = self.nbytes
+                self.nbytes += data.nbytes
+        self.units.append(unit)
+
+    def complete(self) -> FileFacts:
+        """Write header and tensors in file order, copied from where they were collected."""
+        layout = ShardLayout(file_name=self._part.name, units=tuple(self.units))
         self._spool.touch()
         digest = hashlib.sha256(layout.header)
-        part.touch()
-        with open(self._spool, "rb", buffering=0) as source, DirectFile(part, layout.nbytes) as target:
+        self._part.touch()
+        with open(self._spool, "rb", buffering=0) as source, DirectFile(self._part, layout.nbytes) as target:
             target.write(np.frombuffer(layout.header, dtype=np.uint8), 0)
             for tensor in layout.tensors:
                 place = layout.offsets[tensor.name]
@@ -219,17 +259,12 @@ class ShardWriter:
                     digest.update(block.data)
                     target.write(block, place)
                     place += block.nbytes
-        self._facts.append(FileFacts(sha256=digest.hexdigest(), size=layout.nbytes))
         self._spool.unlink()
-        self._shards.append(tuple(self._units))
-        self._units, self._places, self._bytes = [], {}, 0
+        return FileFacts(sha256=digest.hexdigest(), size=layout.nbytes)
 
-    @property
-    def _spool(self) -> Path:
-        return self._folder / ".shard.spool"
 
-    def _part(self, number: int) -> Path:
-        return self._folder / f".shard-{number:05d}.part"
+def _part(folder: Path, number: int) -> Path:
+    return folder / f".shard-{number:05d}.part"
 
 
 def dtype_word(values: npt.NDArray[Any] | torch.Tensor) -> str:

@@ -60,6 +60,14 @@ class Broken(NumbaPasses):
             return
         super().quantize(merged, params, max_code - (self.defect == "clamp"), out)
 
+    def codes(self, merged: torch.Tensor, params: GridParams, max_code: int) -> torch.Tensor:
+        """Codes with the defect."""
+        found = super().codes(merged, params, max_code)
+        if self.defect == "half up":  # ties go to the greater code, not to the even one
+            position = (merged.view(*params.scales.shape, -1) - params.mins.unsqueeze(-1)) / params.scales.unsqueeze(-1)
+            found = (position.clamp(0, max_code) + 0.5).floor().to(torch.uint8).view_as(found)
+        return found
+
     def differentiate(
         self, merged: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor, out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,9 +39,9 @@ def test_numba_equals_eager(kind: Any, shape: tuple[int, int], group_size: int, 
             assert compare(NUMBA, *example(quant, dtype, shape=shape, tokens=21)) is None, quant
 
 
-@pytest.mark.parametrize("defect", ["reciprocal", "clamp", "mask", "group"])
+@pytest.mark.parametrize("defect", ["reciprocal", "clamp", "half up", "mask", "group"])
 def test_a_defect_is_noticed(defect: str) -> None:
-    """The twin: a reciprocal instead of a division, a shifted clamp, a forgotten mask and a lost sum are all found."""
+    """The twin: no division but a reciprocal, a shifted clamp, ties rounded up, a forgotten mask, a lost sum."""
     quant = QuantConfig(group_size=32, zero_point="integer")
     assert compare(FusedKernels(Broken(defect)), *example(quant, torch.float32)) is not None
     assert compare(FusedKernels(Broken("none")), *example(quant, torch.float32)) is None
@@ -58,6 +58,9 @@ def test_ties_and_ends() -> None:
         params = GridParams(quarter, quarter * low, quarter)
         edge = problem._replace(weight=weight, params=params, update=problem.update._replace(scaling=0.0))
         assert same_bits(NUMBA.quantize(edge, torch.float32), EAGER.quantize(edge, torch.float32))
+        (_, ours), (_, theirs) = (*NUMBA.codes(edge), *EAGER.codes(edge))
+        assert same_bits(ours, theirs)
+        assert len(theirs.unique()) > 4
 
 
 def test_what_is_not_finite_stays_visible() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from l4q.direct import DirectFile
 from l4q.errors import UsageError
 from l4q.shard_layout import DTYPE_BYTES, INDEX, SINGLE, ShardLayout, TensorSpec, Unit, plan_shards
 from l4q.shard_writer import ShardWriter, dtype_word, write_shards
@@ -57,6 +60,19 @@ def produce(unit: str) -> Pieces:
             yield name, TENSORS[name]
 
 
+def add_units(writer: ShardWriter) -> None:
+    """Add all of them."""
+    for unit in units():
+        writer.add({tensor.name: TENSORS[tensor.name] for tensor in unit.tensors}, unit.metadata)
+
+
+def collect(folder: Path, max_bytes: int) -> None:
+    """Write all units as they come."""
+    with ShardWriter(folder, max_bytes) as writer:
+        add_units(writer)
+        writer.close()
+
+
 def by_library(folder: Path, layout: ShardLayout) -> bytes:
     """The bytes of safetensors' own writer; its metadata's order is random, so it is put in order."""
     tensors = {tensor.name: TENSORS[tensor.name] for tensor in layout.tensors}
@@ -78,10 +94,7 @@ def test_files_are_the_librarys(tmp_path: Path, max_bytes: int) -> None:
     (tmp_path / "planned").mkdir()
     write_shards(tmp_path / "planned", layouts, produce, on_shard=written.append)
     (tmp_path / "collected").mkdir()
-    writer = ShardWriter(tmp_path / "collected", max_bytes)
-    for unit in units():
-        writer.add({tensor.name: TENSORS[tensor.name] for tensor in unit.tensors}, unit.metadata)
-    writer.close()
+    collect(tmp_path / "collected", max_bytes)
     assert [path.name for path in written] == [layout.file_name for layout in layouts]
     for layout in layouts:
         expected = by_library(tmp_path, layout)
@@ -178,3 +191,16 @@ def test_dtype_table_covers_what_is_written() -> None:
         assert DTYPE_BYTES[dtype_word(tensor)] == tensor.element_size()
     with pytest.raises(UsageError, match="complex64"):
         dtype_word(torch.zeros(1, dtype=torch.complex64))
+
+
+def test_a_shard_that_cannot_be_completed_is_the_writers_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completing happens in a thread of its own; what fails there is raised by the next shard, or by `close`."""
+
+    def full(file: DirectFile, data: np.ndarray, position: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(DirectFile, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        collect(tmp_path, 10_000)  # one shard, which `close` completes
+    with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, 1) as writer:
+        add_units(writer)
