@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.plan import ExportPlan
 from l4q.checkpoint import L4QCheckpoint
+from l4q.files import find_side_files
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -114,7 +115,7 @@ def _run_options(checkpoint: L4QCheckpoint) -> dict[str, Any]:
 
 def _licence(checkpoint: L4QCheckpoint) -> dict[str, str]:
     """The licence by its text, which travels with the checkpoint."""
-    for path in checkpoint.side_files():
+    for path in find_side_files(checkpoint.path):
         if path.name.startswith("LICENSE"):
             text = path.read_text(encoding="utf-8", errors="replace")
             named = next((name for words, name in LICENSES.items() if re.search(words, text)), None)
