@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from l4q.ahead import made_ahead
 from l4q.bitpack import row_bytes
 from l4q.checkpoint_files import write_checkpoint_manifest
 from l4q.config import FORMAT_VERSION, PER_ROW, QuantConfig, ZeroPoint
@@ -23,8 +25,8 @@ from l4q.model_folder import check_config, read_config
 from l4q.model_shapes import check_shapes
 from l4q.module_grids import grid_record, grids_entry, module_grids
 from l4q.packed_weight import PackedWeight
-from l4q.shard_layout import DTYPE_BYTES, row_slices
-from l4q.shard_writer import ShardWriter
+from l4q.shard_layout import DTYPE_BYTES, Unit, plan_unit, row_slices
+from l4q.shard_writer import PlannedWriter, ShardWriter, dtype_word
 from l4q.shards import ALL, ShardReader
 from l4q.weight import GroupParameters, QuantizedWeight
 
@@ -245,10 +247,7 @@ class L4QCheckpoint:
                 )
 
     def _check_parts(self, module: str, info: WeightInfo) -> None:
-        grouped = (info.out_features, info.groups)
-        shared = (info.out_features, info.in_features // SUPERBLOCK) if info.k_grid else grouped
-        expected = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": shared}
-        expected |= {part: shared if part == "mins" else grouped for part in _companions(info)}
+        expected = _part_shapes(info)
         for part, dtype in _PARTS.items():
             name = f"{module}.{part}"
             if (name in self._shards.names) != (part in expected):
@@ -282,6 +281,7 @@ def save_checkpoint(
     modules_to_not_convert: Iterable[str] = (),
     side_files: Iterable[Path] = (),
     overwrite: bool = False,
+    units: Sequence[Unit] | None = None,
 ) -> None:
     """Write a checkpoint folder, complete or not at all.
 
@@ -295,22 +295,28 @@ def save_checkpoint(
         modules_to_not_convert: Names of linear modules that stay dense ("lm_head", ...).
         side_files: Tokenizer and other files copied unchanged.
         overwrite: Replace an existing folder.
+        units: What `weights` and `dense` will give, if that is known (`weight_unit`, `dense_unit`): the tensors are
+            then written where they belong at once, while another thread makes the next.
 
     Raises:
-        UsageError: The folder exists and `overwrite` is false.
+        UsageError: The folder exists and `overwrite` is false, or what comes is not what `units` says.
     """
     records: dict[str, dict[str, Any]] = {}
-    with staged_folder(Path(path), overwrite=overwrite) as stage, ShardWriter(stage) as writer:
+
+    def made() -> Iterator[_Made]:
         for module, weight in weights:
-            records[module] = grid_record(weight, (grids or {}).get(module, quant))
-            record = dict(records[module])
-            if weight.k_grid is None:  # other grids of scales do not change how a reader decodes
-                record.pop("scale_grid", None)
-            metadata = json.dumps({**record, "shape": list(weight.shape)}, sort_keys=True)
-            writer.add(_weight_tensors(module, weight), {module: metadata})
+            grid = (grids or {}).get(module, quant)
+            records[module] = grid_record(weight, grid)
+            yield _Made(_weight_tensors(module, weight), _metadata(module, weight, grid))
         for name, tensor in dense:
-            writer.add({name: tensor.detach().cpu().contiguous()}, {})
-        shards = writer.close()
+            yield _Made({name: tensor.detach().cpu().contiguous()}, {})
+
+    with staged_folder(Path(path), overwrite=overwrite) as stage:
+        with ShardWriter(stage) if units is None else PlannedWriter(stage, units) as writer:
+            with nullcontext(made()) if units is None else made_ahead(made(), lambda piece: piece.nbytes) as pieces:
+                for piece in pieces:
+                    writer.add(piece.tensors, piece.metadata)
+            shards = writer.close()
         section = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **quant.to_dict()}
         section["modules_to_not_convert"] = sorted(modules_to_not_convert)
         section |= grids_entry(records, quant)
@@ -320,6 +326,35 @@ def save_checkpoint(
         write_checkpoint_manifest(stage, shards)
 
 
+def weight_unit(module: str, info: WeightInfo, quant: QuantConfig) -> Unit:
+    """What a quantized linear will be in the files.
+
+    Args:
+        module: Dotted name.
+        info: Its sizes and grid.
+        quant: The grid that is recorded for it, see `save_checkpoint`.
+    """
+    shapes = _part_shapes(info)
+    tensors = {f"{module}.{part}": (dtype, shapes[part]) for part, dtype in _PARTS.items() if part in shapes}
+    return plan_unit(tensors, _metadata(module, info, quant))
+
+
+def dense_unit(name: str, tensor: torch.Tensor) -> Unit:
+    """What an unquantized tensor will be in the files."""
+    return plan_unit({name: (dtype_word(tensor), tuple(tensor.shape))}, {})
+
+
+class _Made(NamedTuple):
+    """Tensors that belong together."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layers.2 before layers.10."""
     parts = re.split(r"([0-9]+)", name)  # text and digits in turn; numbers of equal length compare as their digits do
@@ -327,13 +362,30 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(len(part) if index % 2 else -1, part) for index, part in enumerate(digits)]
 
 
+def _metadata(module: str, weight: GroupParameters | WeightInfo, grid: QuantConfig) -> dict[str, str]:
+    """What a shard's header says of a quantized linear."""
+    record = grid_record(weight, grid)
+    if weight.k_grid is None:  # other grids of scales do not change how a reader decodes
+        record.pop("scale_grid", None)
+    shape = [weight.out_features, weight.in_features]
+    return {module: json.dumps({**record, "shape": shape}, sort_keys=True)}
+
+
 def _weight_tensors(module: str, weight: QuantizedWeight | PackedWeight) -> dict[str, torch.Tensor]:
     import torch
 
     packed = PackedWeight.of(weight) if isinstance(weight, QuantizedWeight) else weight
-    arrays = {part: getattr(packed, part) for part in _PARTS if getattr(packed, part, None) is not None}
-    arrays["codes"] = packed.packed
+    found = {part: packed.packed if part == "codes" else getattr(packed, part) for part in _PARTS}
+    arrays = {part: array for part, array in found.items() if array is not None}
     return {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in arrays.items()}
+
+
+def _part_shapes(info: WeightInfo) -> dict[str, tuple[int, int]]:
+    """The tensors of a quantized linear."""
+    grouped = (info.out_features, info.groups)
+    shared = (info.out_features, info.in_features // SUPERBLOCK) if info.k_grid else grouped
+    shapes = {"codes": (info.out_features, row_bytes(info.in_features, info.bits)), "scales": shared}
+    return shapes | {part: shared if part == "mins" else grouped for part in _companions(info)}
 
 
 def _is_whole(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Writing large files past the page cache, where the system lets us.
+"""Writing large files past the page cache, and reading them so, where the system lets us.
 
 What is written the usual way is copied into pages that the system has to find first, and has to be brought to the disk
 from there before `fsync` returns. O_DIRECT hands the bytes to the disk at once: no pages, nothing left to wait for. It
@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -87,6 +88,34 @@ class DirectFile:
         return done
 
 
+def read_blocks(path: Path) -> Iterator[Data]:
+    """A whole file, piece by piece, each valid until the next; a large one past the page cache, as it was written.
+
+    Args:
+        path: A file that nobody writes to.
+    """
+    buffer = mmap.mmap(-1, _BUFFER_BYTES)
+    descriptor = _open_direct(path, os.O_RDONLY) if path.stat().st_size >= LEAST_BYTES else None
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if descriptor is None else descriptor
+    position = 0
+    try:
+        while True:
+            try:
+                count = os.preadv(descriptor, [buffer], position)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                os.close(descriptor)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                continue
+            if not count:
+                return
+            yield np.frombuffer(buffer, dtype=np.uint8, count=count)
+            position += count  # behind the last block, which a file rarely fills, only the usual way goes on
+    finally:
+        os.close(descriptor)
+
+
 def append(file: BinaryIO, data: Data, target: DirectFile) -> int:
     """Write where `file` stands, by `target`, which is the same file; returns where it stands then, behind the data."""
     file.flush()
@@ -103,12 +132,12 @@ def write_at(file: int, data: Data, position: int) -> None:
         view, position = view[count:], position + count
 
 
-def _open_direct(path: Path) -> int | None:
+def _open_direct(path: Path, mode: int = os.O_WRONLY) -> int | None:
     """A second descriptor that goes past the page cache; None where there is no such thing."""
     if not _DIRECT:
         return None
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
+        return os.open(path, mode | os.O_CLOEXEC | _DIRECT)
     except OSError as error:
         if error.errno in _REFUSED:
             return None

@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from l4q.base import BaseWeight, PackedBase, base_linear, dense_base
+from l4q.checkpoint import WeightInfo
 from l4q.config import GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.errors import UsageError
 from l4q.init import Start, init_qparams
@@ -255,6 +256,18 @@ class L4QLinear(nn.Module):
         kernels = kernels_for(self.kernels, self.weight.device.type, params.scales.dtype)
         blocks = kernels.codes(Problem(self.weight, self.update(), params, self.quant.max_code))
         return pack_blocks(blocks, self.weight.shape, params, self.quant, name)
+
+    def info(self) -> WeightInfo:
+        """Sizes and grid of what `freeze` returns."""
+        out_features, in_features = self.weight.shape
+        return WeightInfo(
+            out_features=out_features,
+            in_features=in_features,
+            bits=self.quant.bits,
+            group_size=self.quant.resolve_group_size(in_features),
+            zero_point=self.quant.zero_point,
+            k_grid=None if self.quant.k_grid is None else self.quant.scale_grid,
+        )
 
     def _require_quantizing(self, name: str = "") -> None:
         if not self.quantizing:

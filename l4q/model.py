@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from l4q.checkpoint import save_checkpoint
+from l4q.checkpoint import dense_unit, save_checkpoint, weight_unit
 from l4q.config import BaseStorage, GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.distributed import gathered_units, is_main, is_sharded, is_sharded_tensor, own_rows, whole
 from l4q.errors import UsageError
@@ -23,6 +23,7 @@ from l4q.k_grids import FALLBACK_BITS, FALLBACK_GROUP, SUPERBLOCK
 from l4q.linear import L4QLinear
 from l4q.packed_weight import PackedWeight
 from l4q.rules import Override
+from l4q.shard_layout import Unit
 from l4q.starts.adopt import adopt, reproduces
 from l4q.starts.start import PretrainedStart
 from l4q.targets import Targets, choose_targets, indivisible
@@ -241,7 +242,8 @@ def save_l4q(
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     config["architectures"] = config.get("architectures") or [type(model).__name__]  # from_config leaves it empty
     weights = freeze_packed(model)
-    dense = ((name, whole(tensor)) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside))
+    stored = [(name, tensor) for name, tensor in _dense_tensors(model, layers) if not _is_part(name, inside)]
+    dense = ((name, whole(tensor)) for name, tensor in stored)
     if not is_main():
         _follow(model, weights, dense)
         return
@@ -255,7 +257,14 @@ def save_l4q(
         modules_to_not_convert=dense_modules,
         side_files=find_side_files(Path(side_files_from)) if side_files_from else (),
         overwrite=overwrite,
+        units=None if is_sharded(model) else _units(layers, stored),  # sharded layers come as they are gathered
     )
+
+
+def _units(layers: Mapping[str, L4QLinear], dense: Sequence[tuple[str, torch.Tensor]]) -> list[Unit]:
+    """What the files will hold, in the order in which it is frozen."""
+    units = [weight_unit(name, layer.info(), layer.quant) for name, layer in layers.items()]
+    return units + [dense_unit(name, tensor) for name, tensor in dense]
 
 
 def _dense_tensors(model: nn.Module, layers: Mapping[str, L4QLinear]) -> Iterator[tuple[str, torch.Tensor]]:

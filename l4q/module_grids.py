@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from l4q.config import GROUP_MULTIPLE, PER_ROW, QuantConfig
+from l4q.config import GROUP_MULTIPLE, PER_ROW, QuantConfig, ZeroPoint
 from l4q.errors import UsageError
-from l4q.weight import GroupParameters
 
 MODULES_KEY = "modules"
 """Module name -> its grid, for the modules that are not on the common one."""
+
+
+class Grid(Protocol):
+    """What a record says of a weight: `l4q.weight.GroupParameters`, or a weight's sizes alone."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """Groups per row."""
+        ...
+
+    @property
+    def zero_point(self) -> ZeroPoint:
+        """Kind of zero-point."""
+        ...
+
+    @property
+    def k_grid(self) -> str | None:
+        """Name of its K grid, if it is on one."""
+        ...
 
 
 def module_grids(section: Mapping[str, Any], *, where: object = None) -> dict[str, QuantConfig]:
@@ -30,7 +58,7 @@ def module_grids(section: Mapping[str, Any], *, where: object = None) -> dict[st
     return {module: QuantConfig.from_dict(entry, where=f"{where}: {module}") for module, entry in entries.items()}
 
 
-def grid_record(weight: GroupParameters, quant: QuantConfig) -> dict[str, Any]:
+def grid_record(weight: Grid, quant: QuantConfig) -> dict[str, Any]:
     """The weight's own grid, with the scale grid of `quant` if the weight is on `quant`: the values do not tell."""
     whole_row = weight.groups == 1 and (quant.group_size == PER_ROW or weight.group_size % GROUP_MULTIPLE > 0)
     group_size = PER_ROW if whole_row else weight.group_size

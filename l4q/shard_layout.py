@@ -60,6 +60,12 @@ class Unit:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+def plan_unit(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Unit:
+    """A unit of tensors given as name -> (dtype in safetensors' words, shape)."""
+    specs = tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name, (dtype, shape) in tensors.items())
+    return Unit(name=",".join(tensors), tensors=specs, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
     """One file: what it holds, and where."""

@@ -1,7 +1,8 @@
 """Write sharded safetensors one tensor after another: nothing but the piece at hand is in memory.
 
-`write_shards` fills files whose layout is known beforehand. `ShardWriter` takes tensors whose sizes show only as they
-come: it keeps them in a file beside the shard and puts them in order when the shard is full.
+`write_shards` asks for what belongs into files whose layout is known beforehand, `PlannedWriter` is given it.
+`ShardWriter` takes tensors whose sizes show only as they come: it keeps them in a file beside the shard and puts them
+in order when the shard is full.
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from l4q.ahead import made_ahead
-from l4q.direct import DirectFile, write_at
+from l4q.direct import DirectFile, read_blocks, write_at
 from l4q.errors import UsageError
 from l4q.file_table import FileFacts, FileTable
 from l4q.prefix_hash import Advance, ignore
-from l4q.shard_layout import INDEX, MAX_SHARD_BYTES, ShardLayout, TensorSpec, Unit, index_json, shard_name
+from l4q.shard_layout import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    ShardLayout,
+    TensorSpec,
+    Unit,
+    index_json,
+    plan_shards,
+    plan_unit,
+    shard_name,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +171,90 @@ def _write_piece(shard: _ShardFile, piece: _Piece) -> None:
     shard.put(tensor, as_bytes(piece.values))
 
 
+class PlannedWriter:
+    """Takes units one after another and writes their tensors where the plan says they belong.
+
+    A context manager; leaving it waits for the thread that hashes complete files, whatever happened.
+
+    Args:
+        folder: An existing folder.
+        units: What will be added, in that order.
+        max_shard_bytes: Bytes of tensors per file.
+    """
+
+    def __init__(self, folder: Path, units: Iterable[Unit], max_shard_bytes: int | None = None) -> None:
+        self._folder = folder
+        self._layouts = plan_shards(units, MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
+        self._planned = iter([(layout, unit) for layout in self._layouts for unit in layout.units])
+        self._file: DirectFile | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="l4q-shard")
+        self._facts: list[Future[FileFacts]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def add(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a unit's tensors.
+
+        Raises:
+            UsageError: They are not what the plan has next.
+        """
+        unit = _unit(tensors, metadata)
+        layout, planned = next(self._planned, (None, None))
+        if layout is None or planned is None:
+            raise UsageError("not the planned tensors", got=unit.name, expected="nothing more")
+        got, expected = (unit.tensors, unit.metadata), (planned.tensors, planned.metadata)
+        if got != expected:
+            raise UsageError("not the planned tensors", where=layout.file_name, got=got, expected=expected)
+        file = self._open(layout) if self._file is None else self._file
+        for name, value in tensors.items():
+            file.write(as_bytes(value), layout.offsets[name])
+        if planned is layout.units[-1]:
+            self._complete(layout)
+
+    def close(self) -> FileTable:
+        """Write the index if there are several files.
+
+        Returns:
+            Their sizes and hashes.
+
+        Raises:
+            UsageError: A unit is missing.
+        """
+        missing = next(self._planned, None)
+        if missing is not None:
+            raise UsageError("a planned tensor was not written", where=missing[0].file_name, got=missing[1].name)
+        if len(self._layouts) > 1:
+            (self._folder / INDEX).write_text(index_json(self._layouts), encoding="utf-8")
+        return {layout.file_name: facts.result() for layout, facts in zip(self._layouts, self._facts, strict=True)}
+
+    def _open(self, layout: ShardLayout) -> DirectFile:
+        path = self._folder / layout.file_name
+        path.touch()
+        self._file = DirectFile(path, layout.nbytes)
+        self._file.write(np.frombuffer(layout.header, dtype=np.uint8), 0)
+        return self._file
+
+    def _complete(self, layout: ShardLayout) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+        self._facts.append(self._thread.submit(_facts, self._folder / layout.file_name))
+
+
+def _facts(path: Path) -> FileFacts:
+    digest, size = hashlib.sha256(), 0
+    for block in read_blocks(path):
+        digest.update(block.data)
+        size += block.nbytes
+    return FileFacts(sha256=digest.hexdigest(), size=size)
+
+
 class ShardWriter:
     """Takes tensors one after another and completes a shard whenever the next addition would exceed the limit.
 
@@ -186,10 +281,7 @@ class ShardWriter:
 
     def add(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Add tensors that belong together; they share a shard."""
-        specs = [
-            TensorSpec(name=name, dtype=dtype_word(value), shape=tuple(value.shape)) for name, value in tensors.items()
-        ]
-        unit = Unit(name=",".join(tensors), tensors=tuple(specs), metadata=metadata)
+        unit = _unit(tensors, metadata)
         if self._shard.units and self._shard.nbytes + unit.nbytes > self._limit:
             self._complete()
         self._shard.append(unit, tensors)
@@ -261,6 +353,10 @@ class _Collected:
                     place += block.nbytes
         self._spool.unlink()
         return FileFacts(sha256=digest.hexdigest(), size=layout.nbytes)
+
+
+def _unit(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Unit:
+    return plan_unit({name: (dtype_word(value), tuple(value.shape)) for name, value in tensors.items()}, metadata)
 
 
 def _part(folder: Path, number: int) -> Path:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +146,28 @@ def test_sharded_checkpoint_opens(
     assert split.dense_names == source.dense_names
     for module in source.modules:
         assert compare_bits(split.quantized(module).dequantize(), source.quantized(module).dequantize()) is None
+
+
+@pytest.mark.parametrize("grid", [("none", 32), ("integer", 32), ("float", 64)])
+def test_a_planned_checkpoint_is_the_same(
+    grid: tuple[Any, int], glass_checkpoint: CheckpointMaker, tmp_path: Path
+) -> None:
+    """What is frozen into its place has the bytes of what is collected first, manifest included."""
+    planned = glass_checkpoint(grid[0], group_size=grid[1])
+    source = L4QCheckpoint.open(planned)
+    save_checkpoint(
+        tmp_path / "collected",
+        config=source.config,
+        weights=((module, source.packed(module)) for module in source.modules),
+        dense=((name, source.dense(name)) for name in source.dense_names),
+        quant=source.quant,
+        modules_to_not_convert=source.config["quantization_config"]["modules_to_not_convert"],
+        side_files=source.side_files(),
+    )
+    names = {path.name for path in planned.iterdir()}
+    assert names == {path.name for path in (tmp_path / "collected").iterdir()}
+    for name in names:
+        assert (tmp_path / "collected" / name).read_bytes() == (planned / name).read_bytes(), name
 
 
 def test_natural_order() -> None:

@@ -16,7 +16,7 @@ import pytest
 import l4q.direct
 from exporters.driver import EXPORTERS, export
 from exporters.manifest import MANIFEST_NAME
-from l4q.direct import BLOCK, DirectFile, append
+from l4q.direct import BLOCK, DirectFile, append, read_blocks
 from l4q.file_table import check_files
 from l4q.journal import Journal
 from runtime_tests.fault_exports import Exports
@@ -128,6 +128,31 @@ def test_systems_that_refuse_or_take_little(
     parts = pieces()
     monkeypatch.setattr(os, name, fault(getattr(os, name)))
     assert written(tmp_path / "file", parts, 5 * MIB) == b"".join(data.tobytes() for _, data in parts)
+
+
+@pytest.mark.parametrize("nbytes", [0, 17, BLOCK, MIB, 3 * MIB + 5])
+@pytest.mark.parametrize("least", [0, 64 * MIB])
+def test_a_file_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int, least: int) -> None:
+    """Past the page cache and through it, and where the system refuses the former at once or later."""
+    monkeypatch.setattr(l4q.direct, "LEAST_BYTES", least)
+    content = np.random.default_rng(0).integers(0, 256, nbytes, dtype=np.uint8).tobytes()
+    (tmp_path / "file").write_bytes(content)
+
+    def read() -> bytes:
+        return b"".join(block.tobytes() for block in read_blocks(tmp_path / "file"))
+
+    assert read() == content
+    real, calls = os.preadv, iter(range(1000))
+
+    def refuse(file: int, buffers: Any, position: int) -> int:
+        if next(calls) == 1:
+            raise OSError(errno.EINVAL, "not any more")
+        return real(file, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert read() == content
+    monkeypatch.setattr(os, "open", _refuse_open(os.open))
+    assert read() == content
 
 
 @pytest.mark.usefixtures("direct")

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from l4q.direct import DirectFile
 from l4q.errors import UsageError
+from l4q.file_table import FileTable, file_facts
 from l4q.shard_layout import DTYPE_BYTES, INDEX, SINGLE, ShardLayout, TensorSpec, Unit, plan_shards
-from l4q.shard_writer import ShardWriter, dtype_word, write_shards
+from l4q.shard_writer import PlannedWriter, ShardWriter, dtype_word, write_shards
 from l4q.shards import ShardReader
 
 Pieces = Iterator[tuple[str, torch.Tensor]]
@@ -60,17 +61,24 @@ def produce(unit: str) -> Pieces:
             yield name, TENSORS[name]
 
 
-def add_units(writer: ShardWriter) -> None:
+def add_units(writer: ShardWriter | PlannedWriter) -> None:
     """Add all of them."""
     for unit in units():
         writer.add({tensor.name: TENSORS[tensor.name] for tensor in unit.tensors}, unit.metadata)
 
 
-def collect(folder: Path, max_bytes: int) -> None:
+def fill(folder: Path, max_bytes: int) -> FileTable:
+    """Write all units where the plan says they belong."""
+    with PlannedWriter(folder, units(), max_bytes) as writer:
+        add_units(writer)
+        return writer.close()
+
+
+def collect(folder: Path, max_bytes: int) -> FileTable:
     """Write all units as they come."""
     with ShardWriter(folder, max_bytes) as writer:
         add_units(writer)
-        writer.close()
+        return writer.close()
 
 
 def by_library(folder: Path, layout: ShardLayout) -> bytes:
@@ -94,16 +102,20 @@ def test_files_are_the_librarys(tmp_path: Path, max_bytes: int) -> None:
     (tmp_path / "planned").mkdir()
     write_shards(tmp_path / "planned", layouts, produce, on_shard=written.append)
     (tmp_path / "collected").mkdir()
-    collect(tmp_path / "collected", max_bytes)
+    (tmp_path / "filled").mkdir()
+    tables = [collect(tmp_path / "collected", max_bytes), fill(tmp_path / "filled", max_bytes)]
+    assert tables == [{path.name: file_facts(path) for path in written}] * 2
     assert [path.name for path in written] == [layout.file_name for layout in layouts]
     for layout in layouts:
         expected = by_library(tmp_path, layout)
         assert (tmp_path / "planned" / layout.file_name).read_bytes() == expected
         assert (tmp_path / "collected" / layout.file_name).read_bytes() == expected
+        assert (tmp_path / "filled" / layout.file_name).read_bytes() == expected
         assert len(expected) == layout.nbytes
     names = {path.name for path in (tmp_path / "planned").iterdir()}
     assert names == {layout.file_name for layout in layouts} | ({INDEX} if len(layouts) > 1 else set())
     assert names == {path.name for path in (tmp_path / "collected").iterdir()}
+    assert names == {path.name for path in (tmp_path / "filled").iterdir()}
     swapped = {**TENSORS, "layers.2.words": TENSORS["layers.1.words"]}
     read = {name: t for layout in layouts for name, t in load_file(tmp_path / "planned" / layout.file_name).items()}
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
@@ -204,3 +216,32 @@ def test_a_shard_that_cannot_be_completed_is_the_writers_error(tmp_path: Path, m
         collect(tmp_path, 10_000)  # one shard, which `close` completes
     with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, 1) as writer:
         add_units(writer)
+
+
+def test_what_is_not_planned_is_refused(tmp_path: Path) -> None:
+    """Another order, dtype, shape or line of metadata, one unit too many, and one too few."""
+    planned = units()
+
+    def tensors(unit: Unit) -> dict[str, torch.Tensor]:
+        return {tensor.name: TENSORS[tensor.name] for tensor in unit.tensors}
+
+    first, other = tensors(planned[0]), planned[0].metadata
+    wrong: list[tuple[dict[str, torch.Tensor], Mapping[str, str]]] = [
+        (tensors(planned[1]), planned[1].metadata),
+        ({name: tensor.to(torch.uint8) for name, tensor in first.items()}, other),
+        ({name: tensor[None] for name, tensor in first.items()}, other),
+        (first, {"layers.2": "something else"}),
+    ]
+    for number, (values, metadata) in enumerate(wrong):
+        (tmp_path / str(number)).mkdir()
+        refused = pytest.raises(UsageError, match="not the planned tensors")
+        with PlannedWriter(tmp_path / str(number), planned) as writer, refused:
+            writer.add(values, metadata)
+    with PlannedWriter(tmp_path, planned) as writer:
+        add_units(writer)
+        with pytest.raises(UsageError, match="nothing more"):
+            writer.add(first, other)
+    with PlannedWriter(tmp_path, planned) as writer:
+        writer.add(first, other)
+        with pytest.raises(UsageError, match="a planned tensor was not written"):
+            writer.close()
