@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import l4q.direct
 from exporters.driver import EXPORTERS, export
 from exporters.manifest import MANIFEST_NAME
 from l4q.direct import BLOCK, DirectFile, append, read_blocks
-from l4q.file_table import check_files
+from l4q.file_table import check_files, file_facts
 from l4q.journal import Journal
+from l4q.shard_layout import plan_unit
+from l4q.shard_writer import PlannedWriter
 from runtime_tests.fault_exports import Exports
 
 MIB = 1 << 20
@@ -128,6 +132,23 @@ def test_systems_that_refuse_or_take_little(
     parts = pieces()
     monkeypatch.setattr(os, name, fault(getattr(os, name)))
     assert written(tmp_path / "file", parts, 5 * MIB) == b"".join(data.tobytes() for _, data in parts)
+
+
+@pytest.mark.usefixtures("direct")
+def test_files_are_hashed_as_they_lie_there(tmp_path: Path, flags: list[int]) -> None:
+    """What went past the page cache and what went through it, in one file, read past it again."""
+    tensors = {f"t{number}": torch.from_numpy(data) for number, (_, data) in enumerate(pieces()) if data.nbytes}
+    planned = {name: plan_unit({name: ("U8", (len(data),))}, {}) for name, data in tensors.items()}
+    with PlannedWriter(tmp_path, planned.values(), 4 * MIB) as writer:
+        for name, data in tensors.items():
+            writer.add({name: data}, {})
+        table = writer.close()
+    assert table == {name: file_facts(tmp_path / name) for name in table}
+    assert len(table) > 1
+    assert flags
+    read = {name: value for file in table for name, value in load_file(tmp_path / file).items()}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], data) for name, data in tensors.items())
 
 
 @pytest.mark.parametrize("nbytes", [0, 17, BLOCK, MIB, 3 * MIB + 5])
