@@ -16,21 +16,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from l4q.blocks import Call, decoder_blocks, record_calls
 from l4q.calibrate import search_grid
 from l4q.compensate import Compensated, compensate
 from l4q.config import QuantConfig
+from l4q.full_linear import FullLinear
 from l4q.init import Start
-from l4q.quant import StraightThrough, grid_params
 from l4q.train_options import MOST_COUNT, require
 
 MAX_GRAD_NORM = 1.0
+GRAM_TOKENS = 1 << 16
+"""Enough to see how a block's inputs correlate; more of them are not read for it."""
+REPORTED = 32
+"""Batches that the error before a block's training is measured on."""
+FUSED = ("cpu", "cuda")
+"""Devices whose AdamW torch has as one kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +76,9 @@ class BlockReport:
 
     name: str
     before: float
-    """With the searched grid and compensated rounding."""
+    """With the searched grid and compensated rounding, on the first `REPORTED` batches."""
     after: float
-    """After its training."""
+    """After its training, on all batches."""
 
 
 def reconstruct(
@@ -112,7 +118,7 @@ def reconstruct(
             grams = _grams(model, inside, run, quantized)
             with _trainable(model, inside, grams, options.settle) as layers:
                 with _quantized_once(layers):
-                    before = _error(run.outputs(quantized), original)
+                    before = _error(run.outputs(quantized[:REPORTED]), original[:REPORTED])
                 _train(run, quantized, original, layers, options)
                 with _quantized_once(layers):
                     quantized = run.outputs(quantized)
@@ -125,58 +131,17 @@ def reconstruct(
     return found
 
 
-class _FullLinear(nn.Module):
-    """A linear layer whose every weight trains through the quantizer (full quantization-aware training)."""
-
-    def __init__(self, weight: Compensated, bias: nn.Parameter | None, quant: QuantConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.weight)
-        self.scales = nn.Parameter(weight.start.scales)
-        self.offsets = nn.Parameter(weight.start.offsets, requires_grad=quant.zero_point != "none")
-        self.bias, self.quant = bias, quant
-        self.kept: torch.Tensor | None = None
-        """The quantized weight, while it does not change."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in] -> [..., out] through the quantized weight."""
-        weight = self.quantized() if self.kept is None else self.kept
-        return F.linear(x, weight.to(x.dtype), self.bias)
-
-    def quantized(self) -> torch.Tensor:
-        """[out, in]; LSQ's gradients, here by autograd."""
-        params = grid_params(self.scales, self.offsets, self.quant)
-        grouped = self.weight.view(*params.scales.shape, -1)
-        s, m = params.scales.unsqueeze(-1), params.mins.unsqueeze(-1)
-        position = ((grouped - m) / s).clamp(0, self.quant.max_code)
-        codes = cast(torch.Tensor, StraightThrough.apply(position, position.detach().round()))
-        return (codes * s + m).view(self.weight.shape)
-
-    @torch.no_grad()
-    def settled_weight(self, share: float) -> torch.Tensor:
-        """W0 drawn that far towards the middles of its codes, [out, in]."""
-        return self.weight.lerp(self.quantized(), share)
-
-    @torch.no_grad()
-    def start(self, share: float) -> Start:
-        """S and b; those of integer zero-points drawn that far towards the middle of what rounds to them."""
-        scales, offsets = self.scales.detach(), self.offsets.detach()
-        if self.quant.zero_point == "integer":
-            params = grid_params(scales, offsets, self.quant)
-            offsets = offsets.lerp((self.quant.midpoint - params.zeros) * params.scales, share)
-        return Start(scales, offsets)
-
-
 @contextmanager
 def _trainable(
     model: nn.Module, grids: Mapping[str, QuantConfig], grams: Mapping[str, torch.Tensor], settle: float
-) -> Iterator[dict[str, _FullLinear]]:
+) -> Iterator[dict[str, FullLinear]]:
     """Put trainable layers into a block; when it is left, the linear layers are back, with the settled weights."""
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in grids}
-    layers: dict[str, _FullLinear] = {}
+    layers: dict[str, FullLinear] = {}
     try:
         for name, linear in linears.items():
             began = _begin(linear.weight, grams[name], grids[name])
-            layers[name] = _FullLinear(began, cast("nn.Parameter | None", linear.bias), grids[name])
+            layers[name] = FullLinear(began, cast("nn.Parameter | None", linear.bias), grids[name])
         for name, layer in layers.items():
             model.set_submodule(name, layer)
         yield layers
@@ -188,7 +153,7 @@ def _trainable(
 
 
 @contextmanager
-def _quantized_once(layers: Mapping[str, _FullLinear]) -> Iterator[None]:
+def _quantized_once(layers: Mapping[str, FullLinear]) -> Iterator[None]:
     """Quantize every layer once for all batches that are run without training."""
     for layer in layers.values():
         layer.kept = layer.quantized().detach()
@@ -248,7 +213,7 @@ def _train(
     run: _Run,
     inputs: Sequence[torch.Tensor],
     wanted: Sequence[torch.Tensor],
-    layers: Mapping[str, _FullLinear],
+    layers: Mapping[str, FullLinear],
     options: ReconstructOptions,
 ) -> None:
     """AdamW with cosine decay, the batches in another order in every epoch."""
@@ -259,7 +224,9 @@ def _train(
         groups += [{"params": [p], "lr": rate * step} for p, rate in rates if p.requires_grad]
     if not groups:
         return
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    # One pass over the weights and their moments each, where torch's default makes a dozen.
+    fused = next(iter(layers.values())).weight.device.type in FUSED
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(inputs))
     parameters = [parameter for group in groups for parameter in group["params"]]
     order = torch.Generator().manual_seed(0)
@@ -289,12 +256,17 @@ def _grams(
         return add
 
     hooks = [linear.register_forward_pre_hook(adder(name)) for name, linear in linears.items()]
+    enough = next((n for n, seen in enumerate(_tokens_so_far(inputs), 1) if seen >= GRAM_TOKENS), len(inputs))
     try:
-        run.outputs(inputs)
+        run.outputs(inputs[:enough])
     finally:
         for hook in hooks:
             hook.remove()
     return sums
+
+
+def _tokens_so_far(batches: Sequence[torch.Tensor]) -> Iterator[int]:
+    return accumulate(batch.shape[0] * batch.shape[1] for batch in batches)
 
 
 def _batches(sequences: Sequence[Sequence[int]], size: int) -> list[torch.Tensor]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from l4q.kernels.problem import Gradients, Problem, cast_update
-from l4q.quant import code_blocks, fake_quantize, merge_lora, position_, row_blocks
+from l4q.kernels.problem import Gradients, Problem, WeightGradients, cast_update
+from l4q.quant import GridParams, code_blocks, fake_quantize, merge_lora, position_, row_blocks
 
 
 class EagerKernels:
@@ -26,7 +26,6 @@ class EagerKernels:
     def gradients(self, problem: Problem, x: torch.Tensor, grad_y: torch.Tensor) -> Gradients:
         """Gradients of A, B, s and m; eqs 19 and 21 with m = b + Q_N * s.
 
-        Inside the clamp dW_q/ds = q - w and dW_q/dm = 0; outside dW_q/ds = q (0 or max_code) and dW_q/dm = 1.
         W, w, q and dL/dW_q exist for one run of rows at a time.
         """
         weight, (scales, mins, _) = problem.weight, problem.params
@@ -35,16 +34,48 @@ class EagerKernels:
         grad_a, grad_b = torch.zeros_like(update.a), torch.empty_like(update.b)
         grad_s, grad_m = torch.empty_like(scales), torch.empty_like(mins)
         for rows in row_blocks(weight):
-            s, m = scales[rows].unsqueeze(-1), mins[rows].unsqueeze(-1)  # [rows, groups, 1]
-            position = position_(merge_lora(weight, update, rows, scales.dtype), scales[rows], mins[rows])
-            codes = position.clamp(0, problem.max_code)
-            outside = codes != position  # complement of the straight-through mask on the unrounded w (eq 17)
-            codes.round_()
-            quantized[rows] = (codes * s).add_(m).view(-1, weight.shape[1])
-            grad_w = (grad_y[:, rows].T @ x).to(scales.dtype).view_as(position)  # dL/dW_q, eq 22
-            grad_s[rows] = grad_w.mul(codes.sub_(position.masked_fill_(outside, 0))).sum(-1)
-            grad_m[rows] = (grad_w * outside).sum(-1)
-            grad_in = grad_w.masked_fill_(outside, 0).view(-1, weight.shape[1])
+            merged = merge_lora(weight, update, rows, scales.dtype)
+            grad_w = (grad_y[:, rows].T @ x).to(scales.dtype)  # dL/dW_q, eq 22
+            grad_s[rows], grad_m[rows], grad_in = _differentiate(
+                merged, scales[rows], mins[rows], problem.max_code, grad_w, quantized[rows]
+            )
             grad_a.addmm_(update.b[rows].T, grad_in)  # eq 29, scaled below
             torch.mm(grad_in, update.a.T, out=grad_b[rows])  # eq 30
         return Gradients(quantized, grad_a.mul_(update.scaling), grad_b.mul_(update.scaling), grad_s, grad_m)
+
+    def weight_gradients(
+        self, weight: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor
+    ) -> WeightGradients:
+        """Gradients of W, s and m; as in `gradients` up to eqs 29 and 30."""
+        scales, mins, _ = params
+        found = WeightGradients(torch.empty_like(weight), torch.empty_like(scales), torch.empty_like(mins))
+        for rows in row_blocks(weight):
+            taken = grad_w[rows].to(scales.dtype, copy=True)
+            found.scales[rows], found.mins[rows], found.weight[rows] = _differentiate(
+                weight[rows].clone(), scales[rows], mins[rows], max_code, taken, None
+            )
+        return found
+
+
+def _differentiate(
+    merged: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor,
+    max_code: int,
+    grad_w: torch.Tensor,
+    quantized: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dL/ds, dL/dm, dL/dW) of a run of rows; writes W_q to `quantized` and overwrites the two it is given [rows, in].
+
+    Inside the clamp dW_q/ds = q - w and dW_q/dm = 0; outside dW_q/ds = q (0 or max_code) and dW_q/dm = 1.
+    """
+    position = position_(merged, scales, mins)
+    codes = position.clamp(0, max_code)
+    outside = codes != position  # complement of the straight-through mask on the unrounded w (eq 17)
+    codes.round_()
+    if quantized is not None:
+        quantized.copy_((codes * scales.unsqueeze(-1)).add_(mins.unsqueeze(-1)).view(quantized.shape))
+    grad_w = grad_w.view_as(position)
+    grad_s = grad_w.mul(codes.sub_(position.masked_fill_(outside, 0))).sum(-1)
+    grad_m = (grad_w * outside).sum(-1)
+    return grad_s, grad_m, grad_w.masked_fill_(outside, 0).view(merged.shape)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from l4q.base import BaseWeight, PackedBase
-from l4q.kernels.problem import Gradients, Problem, cast_update
+from l4q.kernels.problem import Gradients, Problem, WeightGradients, cast_update
 from l4q.quant import GridParams, row_blocks
 
 RUN_ELEMENTS = 1 << 20
@@ -81,6 +81,21 @@ class FusedKernels:
             grad_a.addmm_(update.b[rows].T, merged)  # eq 29, scaled below
             torch.mm(merged, update.a.T, out=grad_b[rows])  # eq 30
         return Gradients(quantized, grad_a.mul_(update.scaling), grad_b.mul_(update.scaling), grad_s, grad_m)
+
+    def weight_gradients(
+        self, weight: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor
+    ) -> WeightGradients:
+        """Gradients of W, s and m, see `EagerKernels.weight_gradients`."""
+        found = WeightGradients(weight.clone(), torch.empty_like(params.scales), torch.empty_like(params.mins))
+        for run in _runs(weight):
+            rows = slice(run[0].start, run[-1].stop)
+            part = grad_w[rows]
+            size = part.numel()
+            unused = _scratch(size, params.scales).view(part.dtype)[:size].view_as(part)  # W_q: nobody asks for it here
+            found.scales[rows], found.mins[rows] = self.passes.differentiate(
+                found.weight[rows], _part(params, rows), max_code, part, unused
+            )
+        return found
 
 
 def merged_runs(problem: Problem) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -39,6 +39,17 @@ class Gradients(NamedTuple):
     """dL/dm [out, groups]."""
 
 
+class WeightGradients(NamedTuple):
+    """The gradients of one layer whose weight itself trains, all in the dtype of the scales."""
+
+    weight: torch.Tensor
+    """dL/dW [out, in]."""
+    scales: torch.Tensor
+    """dL/ds [out, groups]."""
+    mins: torch.Tensor
+    """dL/dm [out, groups]."""
+
+
 class Kernels(Protocol):
     """One way of doing the work."""
 
@@ -57,6 +68,12 @@ class Kernels(Protocol):
 
     def gradients(self, problem: Problem, x: torch.Tensor, grad_y: torch.Tensor) -> Gradients:
         """Recompute W_q and differentiate it; x is [tokens, in], grad_y [tokens, out], both of one dtype."""
+        ...
+
+    def weight_gradients(
+        self, weight: torch.Tensor, params: GridParams, max_code: int, grad_w: torch.Tensor
+    ) -> WeightGradients:
+        """Differentiate Q(W) where W itself trains, in the dtype of the scales; grad_w is dL/dW_q [out, in]."""
         ...
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from l4q.base import base_rows
 from l4q.config import QuantConfig
 from l4q.init import init_qparams
 from l4q.kernels.eager import EagerKernels
-from l4q.kernels.problem import Gradients, Kernels, Problem
-from l4q.quant import GridParams, LoraUpdate, grid_params
+from l4q.kernels.problem import Gradients, Kernels, Problem, WeightGradients
+from l4q.quant import GridParams, LoraUpdate, grid_params, row_blocks
 
 # Of the largest entry. float32: sums of some hundred products in another order (measured: up to 5e-7). 16 bits: a
 # matrix library may round dL/dW_q differently where the two sides ask for runs of rows of different lengths; measured:
@@ -42,11 +43,32 @@ def compare(kernels: Kernels, problem: Problem, x: torch.Tensor, grad_y: torch.T
     if not same_bits(ours.quantized, theirs.quantized):
         return "W_q of the backward differs"
     for name in Gradients._fields[1:]:
-        left, right = getattr(ours, name), getattr(theirs, name)
-        largest, error = float(right.abs().max()), float((left - right).abs().max())
-        if not error <= TOLERANCE[x.dtype] * largest:
-            return f"the gradient of {name} is off by {error:.3g}, its largest entry being {largest:.3g},"
+        odd = _apart(name, getattr(ours, name), getattr(theirs, name), x.dtype)
+        if odd is not None:
+            return odd
+    return _compare_full(kernels, oracle, problem, grad_y.T @ x)
+
+
+def _compare_full(kernels: Kernels, oracle: Kernels, problem: Problem, grad_w: torch.Tensor) -> str | None:
+    """The same for a weight that trains itself: dL/dW is dL/dW_q or 0, so it has its bits."""
+    weight = torch.cat([base_rows(problem.weight, rows, torch.float32) for rows in row_blocks(problem.weight)])
+    ours, theirs = (
+        each.weight_gradients(weight, problem.params, problem.max_code, grad_w) for each in (kernels, oracle)
+    )
+    if not same_bits(ours.weight, theirs.weight):
+        return "the gradient of W differs"
+    for name in WeightGradients._fields[1:]:
+        odd = _apart(f"{name}, where W trains,", getattr(ours, name), getattr(theirs, name), grad_w.dtype)
+        if odd is not None:
+            return odd
     return None
+
+
+def _apart(name: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> str | None:
+    largest, error = float(right.abs().max()), float((left - right).abs().max())
+    if error <= TOLERANCE[dtype] * largest:
+        return None
+    return f"the gradient of {name} is off by {error:.3g}, its largest entry being {largest:.3g},"
 
 
 def _all_codes(kernels: Kernels, problem: Problem) -> torch.Tensor:
