@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,22 +152,95 @@ class PackedBase(nn.Module):
         return f"{list(self.shape)}, bits={self.bits}, block={self.block}, {self.nbytes} bytes"
 
 
-BaseWeight = torch.Tensor | PackedBase
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MovingBase:
+    """A W0 that keeps its place on the grid when the grid moves: W0 = (kept - m_0) * s / s_0 + m.
+
+    Where W0 is the integers of a grid, which is what a reconstructed start settles it on, s and b alone can then change
+    the weights without changing a code: dW_q/ds = q and dW_q/dm = 1, EfficientQAT's second stage (arXiv 2407.11062),
+    where with a W0 that stays, LSQ's are q - w and 0.
+    """
+
+    kept: torch.Tensor | PackedBase
+    """W0 [out, in] on the grid it was found with."""
+    origin_scales: torch.Tensor
+    """s_0 [out, groups], that grid's scales."""
+    origin_mins: torch.Tensor
+    """m_0, likewise."""
+    scales: torch.Tensor
+    """s as the forward uses it now."""
+    mins: torch.Tensor
+    """m, likewise."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.kept.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where W0 is."""
+        return self.kept.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of W0 as it is kept."""
+        return int(self.kept.nbytes)
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        """A run of rows of W0, [rows, in] in the dtype of the scales."""
+        ratio = self.scales[rows] / self.origin_scales[rows]
+        moved = self._distances(rows).mul_(ratio.unsqueeze(-1)).add_(self.mins[rows].unsqueeze(-1))
+        return moved.view(moved.shape[0], -1)
+
+    def dequantize(self) -> torch.Tensor:
+        """The whole W0, [out, in] in the dtype of the scales."""
+        return self.rows(slice(None))
+
+    def gradients(self, rows: slice, grad_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What s and m get through W0 from dL/dW of a run of rows [rows, in]: [rows, groups] each."""
+        places = self._distances(rows).div_(self.origin_scales[rows].unsqueeze(-1))
+        grouped = grad_w.view_as(places)
+        return places.mul_(grouped).sum(-1), grouped.sum(-1)
+
+    def _distances(self, rows: slice) -> torch.Tensor:
+        """Kept - m_0, a new tensor [rows, groups, size]."""
+        mins = self.origin_mins[rows].unsqueeze(-1)
+        return base_rows(self.kept, rows, self.scales.dtype).view(*mins.shape[:2], -1) - mins
+
+
+BaseWeight = torch.Tensor | PackedBase | MovingBase
 """W0 [out, in] in any storage."""
 
 
 def base_rows(weight: BaseWeight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """A run of rows of W0, [rows, in] in `dtype`; may share memory with a dense W0."""
-    block = weight.rows(rows) if isinstance(weight, PackedBase) else weight[rows]
+    block = weight[rows] if isinstance(weight, torch.Tensor) else weight.rows(rows)
     return block.to(dtype)
 
 
 def dense_base(weight: BaseWeight) -> torch.Tensor:
-    """The whole W0 [out, in]: a dense one as it is, a packed one in float32."""
-    return weight.dequantize() if isinstance(weight, PackedBase) else weight
+    """The whole W0 [out, in]: a dense one as it is, another in float32."""
+    return weight if isinstance(weight, torch.Tensor) else weight.dequantize()
 
 
-def base_linear(x: torch.Tensor, weight: BaseWeight) -> torch.Tensor:
+def follow_(weight: BaseWeight, rows: slice, grad_w: torch.Tensor, grad_s: torch.Tensor, grad_m: torch.Tensor) -> None:
+    """Add what s and m get through a W0 that moves with them to their gradients [out, groups]; others get nothing.
+
+    Args:
+        weight: W0.
+        rows: A run of its rows.
+        grad_w: dL/dW of that run, [rows, in].
+        grad_s: dL/ds of the layer, changed in place.
+        grad_m: dL/dm, likewise.
+    """
+    if isinstance(weight, MovingBase):
+        through_s, through_m = weight.gradients(rows, grad_w)
+        grad_s[rows] += through_s
+        grad_m[rows] += through_m
+
+
+def base_linear(x: torch.Tensor, weight: torch.Tensor | PackedBase) -> torch.Tensor:
     """X @ W0^T in x's dtype, [..., in] -> [..., out]; a packed W0 is dequantized again in backward, not kept."""
     if isinstance(weight, PackedBase):
         y: torch.Tensor = _PackedLinear.apply(x, weight)

@@ -70,6 +70,7 @@ RESULT_LINES = {
 )
 @click.option("--train-scales/--no-train-scales", default=True, help="Whether the scales train.")
 @click.option("--train-offsets/--no-train-offsets", default=True, help="Whether the offsets train, if there are any.")
+@click.option("--move-base", is_flag=True, help="Let W0 keep its codes when the grid moves; with --init reconstructed.")
 @click.option(
     "--gradient-scale",
     type=click.Choice(get_args(GradientScale)),
@@ -196,6 +197,7 @@ def parse_options(values: dict[str, Any]) -> TrainOptions:
         learning=GridLearning(
             train_scales=take("train_scales"),
             train_offsets=take("train_offsets"),
+            move_base=take("move_base"),
             gradient_scale=take("gradient_scale"),
         ),
         overrides=tuple(map(Override.parse, take("overrides"))),

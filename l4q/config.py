@@ -171,6 +171,9 @@ class GridLearning:
     """Whether the scales s train."""
     train_offsets: bool = True
     """Whether the offsets b train; zero_point "none" has none to train."""
+    move_base: bool = False
+    """Whether W0 keeps its place on the grid when s and b change, see `l4q.base.MovingBase`; needs a grid that W0 was
+    found with."""
     gradient_scale: GradientScale = "none"
     """"none": the plain gradients, as in the paper; "lsq": those of s and b times 1 / sqrt(N * Q_P), N weights per
     group (LSQ). Adam divides a constant factor out again, so it acts through gradient clipping and Adam's epsilon."""

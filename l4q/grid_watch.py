@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from l4q.base import BaseWeight, PackedBase
+from l4q.base import BaseWeight, MovingBase, PackedBase
 from l4q.distributed import decide, is_main, is_sharded, own_rows, summed, whole
 from l4q.durable import write_atomic
 from l4q.linear import L4QLinear
@@ -133,7 +133,7 @@ class GridWatch(TrainerCallback):
 def _outside(layer: L4QLinear, a: torch.Tensor) -> torch.Tensor:
     """Which weights of this process's sampled rows are beyond the ends of their grid: bool [rows, groups, size]."""
     params, update = _params(layer), LoraUpdate(a, own_rows(layer.lora_B).tensor, layer.lora.scaling)
-    merged = merge_lora(_own_base(layer.weight), update, _rows(layer.scales), params.scales.dtype)
+    merged = merge_lora(_own_base(layer.base()), update, _rows(layer.scales), params.scales.dtype)
     places = position_(merged.clone(), params.scales, params.mins)
     return (places < 0) | (places > layer.quant.max_code)
 
@@ -162,6 +162,8 @@ def _own_part(sample: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _own_base(weight: BaseWeight) -> BaseWeight:
+    if isinstance(weight, MovingBase):
+        return weight  # FSDP, where a process has some of the rows, has no starts that find one
     if isinstance(weight, PackedBase):
         return weight.part(lambda tensor: own_rows(tensor).tensor)
     return own_rows(weight).tensor

@@ -7,6 +7,7 @@ dL/dW_q lives for one layer at a time (paper section 3.2, eqs 16-30). `l4q.kerne
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from l4q.base import BaseWeight, PackedBase, base_linear, dense_base
+from l4q.base import BaseWeight, MovingBase, PackedBase, base_linear, dense_base
 from l4q.checkpoint import WeightInfo
 from l4q.config import GridLearning, Init, KernelChoice, LoraConfig, QuantConfig
 from l4q.errors import UsageError
@@ -34,6 +35,18 @@ from l4q.quant import (
 )
 from l4q.weight import QuantizedWeight
 
+Origin = tuple[torch.Tensor, torch.Tensor]
+"""Scales and mins [out, groups] of the grid that a moving W0 was found with."""
+
+
+def moved(weight: torch.Tensor | PackedBase, origin: Origin | None, params: GridParams) -> BaseWeight:
+    """W0 where the grid is now, or where it was if it has no origin."""
+    if origin is None:
+        return weight
+    return MovingBase(
+        kept=weight, origin_scales=origin[0], origin_mins=origin[1], scales=params.scales, mins=params.mins
+    )
+
 
 class L4QFunction(torch.autograd.Function):
     """y = x @ W_q^T with W_q = Q(W0 + scaling * B A), and the exact LSQ gradients of s and m."""
@@ -42,7 +55,7 @@ class L4QFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: BaseWeight,
+        weight: torch.Tensor | PackedBase,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scales: torch.Tensor,
@@ -50,12 +63,17 @@ class L4QFunction(torch.autograd.Function):
         scaling: float,
         max_code: int,
         kernels: Kernels = EAGER,
+        origin: Origin | None = None,
     ) -> torch.Tensor:
-        """Merge, quantize, multiply; x is [..., in], the result [..., out] in x's dtype."""
+        """Merge, quantize, multiply; x is [..., in], the result [..., out] in x's dtype.
+
+        With an `origin` W0 moves with s and m, see `l4q.base.MovingBase`.
+        """
         ctx.packed = weight if isinstance(weight, PackedBase) else None
         ctx.save_for_backward(x, None if ctx.packed is not None else weight, lora_a, lora_b, scales, mins)
-        ctx.scaling, ctx.max_code, ctx.kernels = scaling, max_code, kernels
-        problem = Problem(weight, LoraUpdate(lora_a, lora_b, scaling), GridParams(scales, mins, mins), max_code)
+        ctx.scaling, ctx.max_code, ctx.kernels, ctx.origin = scaling, max_code, kernels, origin
+        params = GridParams(scales, mins, mins)
+        problem = Problem(moved(weight, origin, params), LoraUpdate(lora_a, lora_b, scaling), params, max_code)
         with torch.autocast(x.device.type, enabled=False):  # it would merge in 16 bits, and freeze does not
             return F.linear(x, kernels.quantize(problem, x.dtype))
 
@@ -65,13 +83,14 @@ class L4QFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, scales, mins = ctx.saved_tensors
         weight = weight if ctx.packed is None else ctx.packed
         update = LoraUpdate(lora_a, lora_b, ctx.scaling)
-        problem = Problem(weight, update, GridParams(scales, mins, mins), ctx.max_code)
+        params = GridParams(scales, mins, mins)
+        problem = Problem(moved(weight, ctx.origin, params), update, params, ctx.max_code)
         with torch.autocast(x.device.type, enabled=False):
             grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
             found = ctx.kernels.gradients(problem, x.reshape(-1, x.shape[-1]), grad_y)
             grad_x = (grad_y @ found.quantized).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = found.a.to(lora_a.dtype), found.b.to(lora_b.dtype)
-        return grad_x, None, grad_a, grad_b, found.scales, found.mins, None, None, None
+        return grad_x, None, grad_a, grad_b, found.scales, found.mins, None, None, None, None
 
 
 class L4QLinear(nn.Module):
@@ -98,6 +117,10 @@ class L4QLinear(nn.Module):
         UsageError: The kernels' compiler is not installed.
     """
 
+    origin_scales: torch.Tensor
+    """s and m that W0 was found with, [out, groups]; only if W0 moves with s and b."""
+    origin_mins: torch.Tensor
+    """See `origin_scales`."""
     quantizing: bool
     """Whether the forward quantizes; False during a LoRA warm-up. Not part of the state dict."""
     adapting: bool
@@ -135,6 +158,8 @@ class L4QLinear(nn.Module):
         self.scales = nn.Parameter(start.scales, requires_grad=self.learning.train_scales)
         trained = self.learning.train_offsets and quant.zero_point != "none"
         self.offsets = nn.Parameter(start.offsets, requires_grad=trained)
+        if self.learning.move_base:
+            self._remember_grid()
 
     @classmethod
     def from_linear(
@@ -175,7 +200,7 @@ class L4QLinear(nn.Module):
             kernels = EAGER if is_compiling() else kernels_for(self.kernels, x.device.type, params.scales.dtype)
             scaling, max_code = self.lora.scaling, self.quant.max_code
             y = L4QFunction.apply(
-                x, self.weight, lora_a, self.lora_B, params.scales, params.mins, scaling, max_code, kernels
+                x, self.weight, lora_a, self.lora_B, params.scales, params.mins, scaling, max_code, kernels, self.origin
             )
         else:
             low = F.linear(F.linear(x, lora_a.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -193,6 +218,29 @@ class L4QLinear(nn.Module):
             scales = ScaleGradient.apply(scales, self.gradient_factor)
             offsets = ScaleGradient.apply(offsets, self.gradient_factor)
         return grid_params(scales, offsets, self.quant)
+
+    @property
+    def origin(self) -> Origin | None:
+        """The grid that W0 was found with, if W0 moves with s and b."""
+        return (self.origin_scales, self.origin_mins) if self.learning.move_base else None
+
+    def base(self) -> BaseWeight:
+        """W0 [out, in] as the forward merges it now."""
+        return moved(self.weight, self.origin, self.grid())
+
+    @torch.no_grad()
+    def _remember_grid(self) -> None:
+        if not self.keeps_grid:
+            raise UsageError(
+                "W0 can only move with a grid that it was found with",
+                where="move_base",
+                expected="init reconstructed",
+                remedy="train with --init reconstructed, or without --move-base",
+            )
+        params = self.grid()
+        # Known to whoever builds the layer again, so no part of its state.
+        self.register_buffer("origin_scales", params.scales.clone(), persistent=False)
+        self.register_buffer("origin_mins", params.mins.clone(), persistent=False)
 
     def start_warmup(self) -> None:
         """Compute with W0 + scaling * B A, unquantized, from the next forward on; s and b get no gradient."""
@@ -224,6 +272,9 @@ class L4QLinear(nn.Module):
                 remedy="train with the other values",
             )
         params = self.grid()
+        if self.learning.move_base:  # it was trained here, and this is where it is coded anew
+            self.weight = nn.Parameter(dense_base(self.base()), requires_grad=False)
+            self.learning = replace(self.learning, move_base=False)
         offsets = params.mins + self.quant.midpoint * params.scales
         self.scales.copy_(params.scales)
         self.offsets.copy_(torch.zeros_like(offsets) if quant.zero_point == "none" else offsets)
@@ -233,7 +284,7 @@ class L4QLinear(nn.Module):
     def quantized_weight(self) -> torch.Tensor:
         """W_q exactly as the evaluation forward multiplies with it, [out, in] in the dtype of the scales."""
         self._require_quantizing()
-        return fake_quantize(self.weight, self.update(), self.grid(), self.quant.max_code)
+        return fake_quantize(self.base(), self.update(), self.grid(), self.quant.max_code)
 
     @torch.no_grad()
     def freeze(self, name: str = "") -> QuantizedWeight:
@@ -254,7 +305,7 @@ class L4QLinear(nn.Module):
         self._require_quantizing(name)
         params = self.grid()
         kernels = kernels_for(self.kernels, self.weight.device.type, params.scales.dtype)
-        blocks = kernels.codes(Problem(self.weight, self.update(), params, self.quant.max_code))
+        blocks = kernels.codes(Problem(self.base(), self.update(), params, self.quant.max_code))
         return pack_blocks(blocks, self.weight.shape, params, self.quant, name)
 
     def info(self) -> WeightInfo:

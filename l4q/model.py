@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -111,12 +111,14 @@ def wrap_linears(
     model.requires_grad_(False)
     dense = tuple(name for name in linears if name not in set(wrapped))
     reproduced, notes = [], []
-    settings: dict[str, Any] = {"init": init, "learning": learning, "kernels": kernels}
     for name in wrapped:
+        settings: dict[str, Any] = {"init": init, "learning": learning, "kernels": kernels}
         linear, grid = linears.pop(name), chosen.grids[name]  # popped, so that a weight that is packed is freed at once
         own = adopt(name, cast(nn.Parameter, linear.weight), grid, start, storage)
         qparams = own.qparams or (found or {}).get(name)
         settings.update(base=own.base, qparams=qparams, moments=(moments or {}).get(name))
+        if learning is not None and qparams is None:  # a layer outside the blocks, which has nothing to move with
+            settings["learning"] = replace(learning, move_base=False)
         layer = L4QLinear.from_linear(linear, grid, lora, **settings)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)

@@ -114,7 +114,7 @@ def refreeze(options: FreezeOptions) -> dict[str, Any]:
     warming = in_warmup(step, recorded.lora_warmup_steps)
     # Past the warm-up the saved s and b replace the initial ones, which then need not be searched.
     found = load_found(RunFolder(options.run).found_start, model).grids if recorded.init == "reconstructed" else {}
-    wrap_model(model, recorded if warming else replace(recorded, init="l4q"), found=found)
+    wrap_model(model, recorded if warming or found else replace(recorded, init="l4q"), found=found)
     trained = trained_grid(model)
     target = target_grid(trained, options)
     load_trainable_state(model, saved_tensors(folder / TRAINABLE))

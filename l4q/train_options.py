@@ -193,6 +193,12 @@ class TrainOptions:
             "with init reconstructed",
             "one of the two: reconstruction replaces W0, which would be the teacher",
         )
+        require(
+            not self.learning.move_base or self.init == "reconstructed",
+            "move_base",
+            f"with init {self.start_init}",
+            "init reconstructed, whose W0 was found together with its grid",
+        )
         for grid in (self.quant, *(override.apply(self.quant) for override in self.overrides)):
             check_init(self.start_init, grid)
         warmup, longest = self.lora_warmup_steps, float("inf") if self.steps is None else self.steps

@@ -82,11 +82,12 @@ def test_what_is_not_finite_stays_visible() -> None:
 def test_runs_merge_like_blocks(storage: str) -> None:
     """The merged weight of a long run has the bits that freezing merges block by block; two runs, W0 in any storage."""
     problem, _, _ = example(QuantConfig(group_size=32), torch.float32, shape=(3600, 480))
-    assert isinstance(problem.weight, torch.Tensor)
+    dense = problem.weight
+    assert isinstance(dense, torch.Tensor)
     if storage.startswith("int"):
-        problem = problem._replace(weight=PackedBase.quantize(problem.weight, storage))  # type: ignore[arg-type]
+        problem = problem._replace(weight=PackedBase.quantize(dense, storage))  # type: ignore[arg-type]
     else:
-        problem = problem._replace(weight=problem.weight.to(getattr(torch, storage)))
+        problem = problem._replace(weight=dense.to(getattr(torch, storage)))
     runs = [(rows, merged.clone()) for rows, merged in merged_runs(problem)]
     assert len(runs) == 2
     for block in row_blocks(problem.weight):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from l4q.base import follow_
 from l4q.kernels.problem import Gradients, Problem, WeightGradients, cast_update
 from l4q.quant import GridParams, code_blocks, fake_quantize, merge_lora, position_, row_blocks
 
@@ -39,6 +40,7 @@ class EagerKernels:
             grad_s[rows], grad_m[rows], grad_in = _differentiate(
                 merged, scales[rows], mins[rows], problem.max_code, grad_w, quantized[rows]
             )
+            follow_(weight, rows, grad_in, grad_s, grad_m)
             grad_a.addmm_(update.b[rows].T, grad_in)  # eq 29, scaled below
             torch.mm(grad_in, update.a.T, out=grad_b[rows])  # eq 30
         return Gradients(quantized, grad_a.mul_(update.scaling), grad_b.mul_(update.scaling), grad_s, grad_m)

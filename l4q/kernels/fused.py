@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from l4q.base import BaseWeight, PackedBase
+from l4q.base import BaseWeight, follow_
 from l4q.kernels.problem import Gradients, Problem, WeightGradients, cast_update
 from l4q.quant import GridParams, row_blocks
 
@@ -78,6 +78,7 @@ class FusedKernels:
             grad_s[rows], grad_m[rows] = self.passes.differentiate(
                 merged, _part(problem.params, rows), problem.max_code, grad_w, quantized[rows]
             )
+            follow_(problem.weight, rows, merged, grad_s, grad_m)
             grad_a.addmm_(update.b[rows].T, merged)  # eq 29, scaled below
             torch.mm(merged, update.a.T, out=grad_b[rows])  # eq 30
         return Gradients(quantized, grad_a.mul_(update.scaling), grad_b.mul_(update.scaling), grad_s, grad_m)
@@ -133,7 +134,7 @@ def _scratch(size: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(weight: BaseWeight, rows: slice) -> torch.Tensor:
-    return weight.rows(rows) if isinstance(weight, PackedBase) else weight[rows]
+    return weight[rows] if isinstance(weight, torch.Tensor) else weight.rows(rows)
 
 
 def _runs(weight: BaseWeight) -> Iterator[list[slice]]:
