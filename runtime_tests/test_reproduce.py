@@ -200,6 +200,22 @@ def test_results_of_another_recipe_or_without_resume_are_refused(tmp_path: Path)
         pending(cells, tmp_path, TINY, (3,), resume=True)
 
 
+def test_a_setting_concerns_the_methods_that_read_it(glassllm_dir: Path, tokens: Tokens) -> None:
+    """A moving base changes what L4Q float ends with and asks for that cell again, and for no other."""
+    recipe = replace(TINY, reconstruct_settle=1.0)
+    moving = replace(recipe, moving_lr=(1e-3, 1e-3))
+    changed = [name for name in METHODS if recipe.key(name) != moving.key(name)]
+    assert changed == ["l4q-float"]
+    found = {}
+    for method in ("l4q-float", "l4q-integer"):
+        cell, variant = Cell(method=method, bits=3, seed=0), method.removeprefix("l4q-")
+        for each in (recipe, moving):
+            bench = Workbench(cell, each, tokens, (3,), glassllm_dir.parent, variant)
+            found[method, each is moving] = METHODS[method].runner()(bench)[0].perplexity
+    assert found["l4q-float", True] != found["l4q-float", False]
+    assert found["l4q-integer", True] == found["l4q-integer", False]
+
+
 def test_the_command_runs_cells_resumes_and_ends_with_json(glassllm_dir: Path, tmp_path: Path) -> None:
     """Two trained cells and the base run in processes of their own; a second run repeats none of them."""
     options = ["--bits", "3", "--seeds", "0", "--steps", "1", "--methods", "base,lora,l4q-integer"]

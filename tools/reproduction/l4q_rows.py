@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 from l4q.calibrate import Moments, input_moments
-from l4q.config import Init, QuantConfig, ZeroPoint
+from l4q.config import GridLearning, Init, QuantConfig, ZeroPoint
 from l4q.model import freeze_model, wrap_linears
 from l4q.reconstruct import BlockReport, ReconstructOptions, reconstruct
 from l4q.trainer import parameter_groups
@@ -21,7 +21,10 @@ def run(bench: Workbench) -> list[Deployed]:
     wrap(bench, model, quant, bench.recipe.init)
     row = METHODS[bench.cell.method].rows[0]
     bench.notes["start_perplexity"] = bench.deployed_quantized(row, dict(freeze_model(model))).perplexity
-    bench.train(model, parameter_groups(model, bench.optim), distill=bench.recipe.distill)
+    optim, moving = bench.optim, bench.recipe.moving(bench.cell.method)
+    if moving is not None:
+        optim = replace(optim, scale_lr=moving[0], offset_lr=moving[1])
+    bench.train(model, parameter_groups(model, optim), distill=bench.recipe.distill)
     return [bench.deployed_quantized(row, dict(freeze_model(model)))]
 
 
@@ -32,7 +35,8 @@ def wrap(bench: Workbench, model: Any, quant: QuantConfig, init: Init) -> None:
         given["moments"] = calibration_moments(bench, model)
     if init == "reconstructed":
         given["found"] = reconstruction(bench, model, quant)
-    wrap_linears(model, quant, bench.lora, init=init, skip_indivisible=True, **given)
+    learning = GridLearning(move_base=bench.recipe.moving(bench.cell.method) is not None)
+    wrap_linears(model, quant, bench.lora, init=init, learning=learning, skip_indivisible=True, **given)
 
 
 def calibration_moments(bench: Workbench, model: Any) -> Moments:

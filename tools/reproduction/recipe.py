@@ -17,6 +17,7 @@ READ_BY = {
     "reconstruct_epochs": _L4Q,
     "reconstruct_settle": _L4Q,
     "distill": _L4Q,
+    "moving_lr": ("l4q-float",),
     "scale_lr": (*_L4Q, "qat-lora"),
     "offset_lr": (*_L4Q, "qat-lora"),
 }
@@ -67,6 +68,9 @@ class Recipe:
     """How far its W0 is drawn towards its codes."""
     distill: float = 0.0
     """Share of the L4Q rows' loss that is the divergence from the 16-bit model (`l4q.distill`)."""
+    moving_lr: tuple[float, float] | None = None
+    """If given, W0 of the L4Q rows that read it moves with its grid (`l4q.base.MovingBase`), whose s and b have these
+    peak rates."""
     amp: bool = False
     """Train every method under torch.autocast: weights and grids in float32, products in bfloat16."""
     benchmark_items: int = 0
@@ -84,12 +88,18 @@ class Recipe:
         """Plain JSON values; equal recipes give equal dictionaries."""
         return asdict(self)
 
+    def moving(self, method: str) -> tuple[float, float] | None:
+        """`moving_lr` if the method reads it."""
+        return self.moving_lr if method in READ_BY["moving_lr"] else None
+
     def key(self, method: str) -> str:
         """Short hash that a result of `method` must carry to count as done.
 
         Settings that the method does not read are left out, so that changing them does not ask for it again.
         """
         values = {name: value for name, value in self.to_dict().items() if method in READ_BY.get(name, (method,))}
+        if values.get("moving_lr") is None:  # what had no such setting has not changed
+            values.pop("moving_lr", None)
         if values.get("init") == "reconstructed":
             values["reconstruct"] = asdict(ReconstructOptions())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -125,6 +135,7 @@ MODELS: dict[str, Recipe] = {
         offset_lr=5e-5,
         init="reconstructed",
         reconstruct_settle=1.0,
+        moving_lr=(6e-5, 2.5e-4),
         amp=True,
     ),
 }
