@@ -28,6 +28,7 @@ from l4q.compensate import Compensated, compensate
 from l4q.config import QuantConfig
 from l4q.full_linear import FullLinear
 from l4q.init import Start
+from l4q.output_error import output_error
 from l4q.train_options import MOST_COUNT, require
 
 MAX_GRAD_NORM = 1.0
@@ -72,7 +73,7 @@ class ReconstructOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReport:
-    """How far one block's outputs are from the original model's: squared error over squared size, sinks capped."""
+    """How far one block's outputs are from the original model's, by `l4q.output_error`."""
 
     name: str
     before: float
@@ -192,21 +193,10 @@ def _products(device: torch.device, *, amp: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def _loss(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Squared error of one batch over its squared size.
-
-    Attention sinks, single positions a thousand times larger than the others, count like an ordinary one.
-    """
-    wanted = wanted.float()
-    size = wanted.square().sum(-1, keepdim=True)  # [batch, length, 1]
-    share = (size.median() / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
-    return (share * (given.float() - wanted).square()).sum() / (share * size).sum()
-
-
 @torch.no_grad()
 def _error(given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
     """The mean loss."""
-    return sum(float(_loss(one, other)) for one, other in zip(given, wanted, strict=True)) / len(given)
+    return sum(float(output_error(one, other)) for one, other in zip(given, wanted, strict=True)) / len(given)
 
 
 def _train(
@@ -232,7 +222,7 @@ def _train(
     order = torch.Generator().manual_seed(0)
     for _ in range(options.epochs):
         for number in torch.randperm(len(inputs), generator=order).tolist():
-            _loss(run.output(number, inputs[number]), wanted[number]).backward()
+            output_error(run.output(number, inputs[number]), wanted[number]).backward()
             nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
